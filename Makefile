@@ -1,0 +1,49 @@
+# make serve   set up and serve the default model on http://127.0.0.1:8000 (PORT=9000 for another port)
+# make test    set up and run lint, types and tests
+# make lint    set up and run lint and types
+# make format  set up and format the sources
+# make clean   remove the virtual environment and caches; fetched models stay
+#
+# Every target sets up first: it makes .venv and installs into it; serve and test also fetch the default model. What
+# was done before takes no time, and what was interrupted goes on.
+
+PORT ?= 8000
+ARGS ?=
+
+# The first Python of a version that all packages have wheels for, with venv and pip aboard.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null \
+	&& echo $$python && break; done)
+
+# Where torch's CPU builds are published, for machines whose pip is not configured to find one.
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN := .venv/bin
+
+.PHONY: serve test lint format setup model clean
+
+serve: setup
+	@exec $(BIN)/slipstream serve --server.port $(PORT) $(ARGS)
+
+test: lint model
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup:
+	@python='$(PYTHON)'; test -n "$$python" || \
+		{ echo 'setup: error: Python 3.11 to 3.14 with venv is needed; give one with PYTHON=...' >&2; exit 1; }; \
+	exec $$python scripts/install.py --cpu-index $(CPU_INDEX)
+
+model: setup
+	@$(BIN)/python -m server.model_store
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

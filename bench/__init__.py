@@ -1,0 +1,1 @@
+"""Side-by-side measurement of decoding methods over the same prompts."""

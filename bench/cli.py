@@ -1,0 +1,227 @@
+"""The ``slipstream bench`` command: several ways of decoding one model, side by side, over the same prompts."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from bench.errors import BenchError
+from bench.methods import METHODS, EngineSettings, Method, find_methods
+from bench.prompts import load_prompts
+from bench.report import Report
+from bench.runner import BenchOptions, run_benchmark
+from bench.terminal import make_display, render_table
+
+__all__ = ["DEFAULT_MODEL", "add_arguments", "run"]
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+_MISTAKE = 2
+_SOMETHING_FAILED = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    shared = EngineSettings(model=Path())
+    what = parser.add_argument_group("what is measured")
+    what.add_argument(
+        "--methods",
+        default=",".join(METHODS),
+        metavar="A,B",
+        help="; ".join(f"{method.name}: {method.summary}" for method in METHODS.values()) + "; default %(default)s",
+    )
+    what.add_argument(
+        "--prompts", required=True, metavar="FILE", help='one JSON object a line: {"category": ..., "prompt": ...}'
+    )
+    what.add_argument("--limit", type=int, metavar="N", help="only the first N prompts of each category")
+    what.add_argument(
+        "--concurrency", default="1,4", metavar="N,M", help="requests in flight at the same time; default %(default)s"
+    )
+    what.add_argument("--max-tokens", type=int, default=128, metavar="N", help="longest answer; default %(default)s")
+    what.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy answers")
+    what.add_argument(
+        "--repeats", type=int, default=3, metavar="N", help="how often the methods alternate; default %(default)s"
+    )
+    what.add_argument("--seed", type=int, default=0, metavar="N", help="of the order and of sampling; default 0")
+    what.add_argument(
+        "--prefix-cache",
+        choices=("cold", "warm"),
+        default="cold",
+        help="cold: every load processes its prompts anew; warm: only the first one does; default %(default)s",
+    )
+    what.add_argument(
+        "--output", default="report.json", metavar="FILE", help="where the report goes; default %(default)s"
+    )
+
+    engine = parser.add_argument_group("the engines, all alike")
+    engine.add_argument(
+        "--model", default=DEFAULT_MODEL, metavar="PATH", help="folder or known name of the target; default %(default)s"
+    )
+    engine.add_argument("--dtype", default=shared.dtype, help="format of weights and arithmetic; default %(default)s")
+    for flag, default, text in (
+        ("--max-model-len", shared.max_model_len, "longest prompt and answer together, tokens"),
+        ("--max-num-seqs", shared.max_num_seqs, "requests that run at the same time"),
+        ("--max-num-batched-tokens", shared.max_num_batched_tokens, "tokens of one step"),
+        ("--block-size", shared.block_size, "tokens of one KV page"),
+    ):
+        engine.add_argument(flag, type=int, default=default, metavar="N", help=f"{text}; default {default}")
+    engine.add_argument(
+        "--kv-cache-gib",
+        type=float,
+        default=shared.kv_cache_gib,
+        metavar="GIB",
+        help="memory for KV pages of each engine; default %(default)s",
+    )
+    engine.add_argument(
+        "--engine-arg",
+        action="append",
+        default=[],
+        metavar="ARG",
+        help="one more argument for our servers, as in --engine-arg=--speculation.max_draft_tokens=4; may be repeated",
+    )
+    engine.add_argument(
+        "--vllm-arg",
+        action="append",
+        default=[],
+        metavar="ARG",
+        help="one more argument for unmodified vLLM, as in --vllm-arg=--no-enforce-eager; may be repeated",
+    )
+    engine.add_argument(
+        "--startup-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long an engine may take to become ready; default %(default)g",
+    )
+    engine.add_argument("--logs", metavar="FOLDER", help="keep the engines' logs in this folder")
+
+
+def run(args: argparse.Namespace, methods: Mapping[str, Method] = METHODS) -> int:
+    """Measure, write the report and print its table.
+
+    Args:
+        args: of a parser that ``add_arguments`` was called with.
+        methods: the methods that may be asked for.
+
+    Returns:
+        0, 1 when something could not be measured (the report says what), 2 for bad input, or 128 plus the number of
+        the signal that ended it early.
+    """
+    try:
+        options = _options(args, methods)
+        display = make_display()
+        try:
+            outcome = run_benchmark(options, display)
+        finally:
+            display.close()
+    except BenchError as error:
+        print(f"slipstream: error: {error}", file=sys.stderr)
+        return _MISTAKE
+    _print_report(outcome.report, options.output)
+    if outcome.interrupted_by is not None:
+        return 128 + outcome.interrupted_by
+    return _SOMETHING_FAILED if outcome.report.failures else 0
+
+
+def _options(args: argparse.Namespace, methods: Mapping[str, Method]) -> BenchOptions:
+    """Check everything that can be checked before minutes are spent on starting engines."""
+    chosen = find_methods(args.methods, methods)
+    concurrencies = _concurrencies(args.concurrency)
+    for name in (
+        *("max_tokens", "repeats", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
+        *("kv_cache_gib", "startup_timeout"),
+    ):
+        _check_positive(name, getattr(args, name))
+    if args.limit is not None:
+        _check_positive("limit", args.limit)
+    if not 0 <= args.temperature <= 2:
+        raise BenchError(f"--temperature {args.temperature:g} is not between 0 and 2")
+    if args.seed < 0:
+        raise BenchError(f"--seed {args.seed} is negative")
+    prompts = load_prompts(Path(args.prompts).expanduser(), args.limit)
+    return BenchOptions(
+        methods=chosen,
+        prompts=prompts,
+        concurrencies=concurrencies,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        repeats=args.repeats,
+        seed=args.seed,
+        prefix_cache=args.prefix_cache,
+        output=_output_file(args.output),
+        logs=_folder(args.logs) if args.logs else None,
+        startup_timeout=args.startup_timeout,
+        command=(Path(sys.argv[0]).name, *sys.argv[1:]),
+        engine=EngineSettings(  # last: it may fetch and convert the model
+            model=_model_folder(args.model),
+            dtype=args.dtype,
+            max_model_len=args.max_model_len,
+            max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=args.max_num_batched_tokens,
+            block_size=args.block_size,
+            kv_cache_gib=args.kv_cache_gib,
+            vllm_args=tuple(args.vllm_arg),
+            engine_args=tuple(args.engine_arg),
+        ),
+    )
+
+
+def _concurrencies(text: str) -> tuple[int, ...]:
+    numbers = []
+    for part in text.split(","):
+        if not part.strip().isdecimal() or int(part) < 1:
+            raise BenchError(f'--concurrency {text}: "{part.strip()}" is not a whole number above 0')
+        numbers.append(int(part))
+    if len(set(numbers)) < len(numbers):
+        raise BenchError(f"--concurrency {text}: a number is given twice")
+    return tuple(numbers)
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0 or not math.isfinite(value):
+        raise BenchError(f"--{name.replace('_', '-')} {value:g} is not above 0")
+
+
+def _output_file(text: str) -> Path:
+    path = Path(text).expanduser().absolute()
+    if path.is_dir():
+        raise BenchError(f"the output {text} is a folder; name a file in it")
+    _folder(str(path.parent))
+    return path
+
+
+def _folder(text: str) -> Path:
+    path = Path(text).expanduser().absolute()
+    if not path.is_dir():
+        raise BenchError(f"the folder {path} does not exist")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise BenchError(f"the folder {path} is not writable")
+    return path
+
+
+def _model_folder(source: str) -> Path:
+    """The folder of the target, which the model store fetches and converts if its name is known and it is new."""
+    from server.config import DEFAULT_PRESET, load_settings
+    from server.errors import SlipstreamError
+    from server.model_store import resolve_model
+    from server.progress import ProgressBar
+
+    try:
+        cache_dir = load_settings(DEFAULT_PRESET, os.environ, {}).model.cache_dir
+        with ProgressBar(f"model {source}") as bar:
+            return resolve_model(source, cache_dir, bar).resolve()
+    except SlipstreamError as error:
+        raise BenchError(str(error)) from error
+
+
+def _print_report(report: Report, output: Path) -> None:
+    if report.rows:
+        print(render_table(report.rows))
+    for failure in report.failures:
+        print(f"failed: {failure.method} ({failure.stage}): {failure.message}", file=sys.stderr)
+        for line in failure.log_tail:
+            print(f"    {line}", file=sys.stderr)
+    state = "report" if report.complete else "partial report"
+    print(f"{state} written to {output}", file=sys.stderr)

@@ -1,0 +1,86 @@
+"""Prompt files: one JSON object a line, ``{"category": …, "prompt": …}``; further keys are left to later readers."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.errors import BenchError
+
+__all__ = ["ALL_CATEGORIES", "PromptFile", "load_prompts"]
+
+ALL_CATEGORIES = "all"
+"""The name of the rows that sum up all categories; no category of a prompt file may be called so."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFile:
+    """The prompts of one report.
+
+    Attributes:
+        path: where they came from, as given.
+        sha256: digest of the whole file, hexadecimal, so that two reports can be known to share their prompts.
+        categories: the prompts of each category, categories and prompts in the order of the file.
+    """
+
+    path: str
+    sha256: str
+    categories: Mapping[str, tuple[str, ...]]
+
+
+def load_prompts(path: Path, limit: int | None = None) -> PromptFile:
+    """Read a prompt file.
+
+    Args:
+        path: the file, UTF-8; blank lines are skipped.
+        limit: keep the first ``limit`` prompts of each category; ``None`` keeps all.
+
+    Raises:
+        BenchError: the file cannot be read, has a broken line (named as file:line), or has no prompts.
+    """
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8")
+    except OSError as error:
+        raise BenchError(f"cannot read the prompt file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise BenchError(f"{path}:{line}: not UTF-8 text") from error
+
+    categories: dict[str, list[str]] = {}
+    for number, line_text in enumerate(text.split("\n"), start=1):
+        if not line_text.strip():
+            continue
+        category, prompt = _parse_line(line_text, f"{path}:{number}")
+        kept = categories.setdefault(category, [])
+        if limit is None or len(kept) < limit:
+            kept.append(prompt)
+    if not categories:
+        raise BenchError(f"the prompt file {path} has no prompts")
+    return PromptFile(
+        path=str(path),
+        sha256=hashlib.sha256(raw).hexdigest(),
+        categories={category: tuple(prompts) for category, prompts in categories.items()},
+    )
+
+
+def _parse_line(text: str, where: str) -> tuple[str, str]:
+    try:
+        entry = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BenchError(f"{where}: not a JSON object: {error.msg} at column {error.colno}") from error
+    if not isinstance(entry, dict):
+        raise BenchError(f"{where}: expected a JSON object, got {type(entry).__name__}")
+    category, prompt = (_text_field(entry, key, where) for key in ("category", "prompt"))
+    if category == ALL_CATEGORIES:
+        raise BenchError(f'{where}: the category "{ALL_CATEGORIES}" is reserved for the sum over all categories')
+    return category, prompt
+
+
+def _text_field(entry: Mapping[str, object], key: str, where: str) -> str:
+    value = entry.get(key)
+    if not isinstance(value, str) or not value.strip():
+        given = "missing" if key not in entry else json.dumps(value, ensure_ascii=False)
+        raise BenchError(f'{where}: "{key}" must be a non-empty string, it is {given}')
+    return value

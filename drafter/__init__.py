@@ -1,0 +1,1 @@
+"""The block-diffusion drafter: its model, its checkpoints and how it proposes tokens."""

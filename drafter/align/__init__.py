@@ -1,0 +1,1 @@
+"""Aligning a drafter to a target: collecting the target's answers, training, measuring."""

@@ -1,0 +1,119 @@
+"""A drafter to start training from: the target's own layers, and projections that change nothing at first."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from drafter.align.corpus import Corpus
+from drafter.checkpoint import Drafter
+from drafter.config import DrafterConfig
+from drafter.model import BlockDrafter, DrafterLayer
+
+
+@dataclass(frozen=True, slots=True)
+class TargetWeights:
+    """What training needs of the target; it is never trained.
+
+    Attributes:
+        embedding: ``[vocab, hidden]``.
+        output_head: ``[vocab, hidden]``.
+        final_norm: ``[hidden]`` weight of the norm before the output head.
+        config: content of the target's ``config.json``.
+    """
+
+    folder: Path
+    embedding: torch.Tensor
+    output_head: torch.Tensor
+    final_norm: torch.Tensor
+    config: dict[str, object]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor of the target by its Hugging Face name, as float32."""
+        return read_tensor(self.folder, name)
+
+
+def read_tensor(folder: Path, name: str) -> torch.Tensor:
+    """Read one tensor of a safetensors model folder, sharded or not, as float32.
+
+    Raises:
+        KeyError: no file of the folder holds it.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor.to(torch.float32)
+    raise KeyError(f"{folder} holds no tensor {name}")
+
+
+def read_target(folder: Path) -> TargetWeights:
+    """Read the shared parts of a Llama-style target."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    embedding = read_tensor(folder, "model.embed_tokens.weight")
+    head = embedding if config.get("tie_word_embeddings") else read_tensor(folder, "lm_head.weight")
+    return TargetWeights(folder, embedding, head, read_tensor(folder, "model.norm.weight"), config)
+
+
+def frequent_tokens(corpus: Corpus, size: int, vocab_size: int) -> tuple[torch.Tensor, float]:
+    """The draft vocabulary: the ``size`` most frequent tokens of the corpus, the smallest ids filling up.
+
+    Returns:
+        ``[size]`` sorted int64 token ids, and the share of corpus tokens that they cover.
+    """
+    counts: Counter[int] = Counter()
+    for index in range(len(corpus)):
+        counts.update(corpus.token_ids(index).tolist())
+    chosen = [token for token, _ in counts.most_common(size)]
+    covered = sum(counts[token] for token in chosen) / max(counts.total(), 1)
+    known = set(chosen)
+    chosen += [token for token in range(vocab_size) if token not in known][: size - len(chosen)]
+    return torch.tensor(sorted(chosen)), covered
+
+
+def initial_drafter(
+    config: DrafterConfig, target: TargetWeights, token_ids: torch.Tensor | None, layer_ids: tuple[int, ...], seed: int
+) -> Drafter:
+    """Build a drafter whose layers are copies of the target's layers ``layer_ids``.
+
+    The context projection passes through the hidden state that the first copied layer reads (or the nearest one
+    recorded), under that layer's own input norm, so that the copied key and value projections see what they know.
+    """
+    torch.manual_seed(seed)
+    model = BlockDrafter(config)
+    for layer, source in zip(model.layers, layer_ids, strict=True):
+        assert isinstance(layer, DrafterLayer)
+        _copy_layer(layer, target, source)
+    recorded = config.hidden_state_layers
+    nearest = min(range(len(recorded)), key=lambda i: abs(recorded[i] - layer_ids[0]))
+    hidden = config.hidden_size
+    with torch.no_grad():
+        model.fc.weight.zero_()
+        model.fc.weight[:, nearest * hidden : (nearest + 1) * hidden] = torch.eye(hidden)
+        model.hidden_norm.weight.copy_(target.tensor(f"model.layers.{layer_ids[0]}.input_layernorm.weight"))
+        model.norm.weight.copy_(target.final_norm)
+        if model.last_feature_proj is not None:
+            model.last_feature_proj.weight.zero_()
+        if model.markov is not None:
+            model.markov.previous.weight.normal_(std=0.02)
+            model.markov.logits.weight.zero_()
+    return Drafter(model, token_ids)
+
+
+def _copy_layer(layer: DrafterLayer, target: TargetWeights, source: int) -> None:
+    def weight(name: str) -> torch.Tensor:
+        return target.tensor(f"model.layers.{source}.{name}.weight")
+
+    with torch.no_grad():
+        layer.input_layernorm.weight.copy_(weight("input_layernorm"))
+        layer.post_attention_layernorm.weight.copy_(weight("post_attention_layernorm"))
+        layer.qkv_proj.weight.copy_(torch.cat([weight(f"self_attn.{k}_proj") for k in "qkv"]))
+        layer.o_proj.weight.copy_(weight("self_attn.o_proj"))
+        layer.gate_up_proj.weight.copy_(torch.cat([weight("mlp.gate_proj"), weight("mlp.up_proj")]))
+        layer.down_proj.weight.copy_(weight("mlp.down_proj"))
+        if layer.q_norm is not None and layer.k_norm is not None:
+            layer.q_norm.weight.copy_(weight("self_attn.q_norm"))
+            layer.k_norm.weight.copy_(weight("self_attn.k_norm"))

@@ -1,0 +1,263 @@
+"""The training loop: resumable, the same result for the same seed however often it was interrupted."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from drafter.align.batches import BlockBatch, anchor_range, make_batch, run_blocks
+from drafter.align.corpus import Answer, Corpus
+from drafter.align.evaluate import AcceptanceReport, evaluate
+from drafter.align.initial import TargetWeights, initial_drafter
+from drafter.align.objectives import distillation, falling_weights, label_cross_entropy
+from drafter.checkpoint import Drafter, save_drafter
+from drafter.config import DrafterConfig
+from drafter.head import DraftHead
+
+_HELD_OUT_EVERY = 40
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """How to train.
+
+    Attributes:
+        steps: optimiser steps of the whole run; the learning rate falls to zero at the last.
+        answers_per_step: answers packed into one step.
+        anchors_per_answer: blocks drawn from each of them.
+        learning_rate: peak, for tensors copied from the target.
+        new_tensor_factor: multiplies it for tensors that start from nothing.
+        warmup: share of the steps that the rate rises.
+        slot_decay: slot ``k`` weighs ``exp(-k / slot_decay)``.
+        distillation_share: weight of the target's distribution against the target's most likely token.
+        copied_layers: the target's layers that the drafter starts from.
+        precision: ``float32``, or ``bfloat16`` for mixed precision.
+        evaluate_every: steps between evaluations.
+        save_every: steps between saved states.
+        held_out_answers: the most answers that evaluation reads.
+        seed: of initialisation, order and anchors.
+    """
+
+    steps: int
+    answers_per_step: int = 6
+    anchors_per_answer: int = 32
+    learning_rate: float = 8e-4
+    new_tensor_factor: float = 2.0
+    warmup: float = 0.04
+    slot_decay: float = 3.0
+    distillation_share: float = 0.5
+    copied_layers: tuple[int, ...] = (28, 29)
+    precision: str = "float32"
+    evaluate_every: int = 250
+    save_every: int = 100
+    held_out_answers: int = 48
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one step tells whoever watches; ``report`` is set on steps that evaluated."""
+
+    step: int
+    steps: int
+    loss: float
+    seconds: float
+    report: AcceptanceReport | None
+
+
+def is_held_out(prompt_index: int) -> bool:
+    """Whether answers to this prompt are kept from training to measure on."""
+    return prompt_index % _HELD_OUT_EVERY == 0
+
+
+class Trainer:
+    """Trains one drafter in ``folder``, which holds its state between interruptions.
+
+    Args:
+        folder: run folder; ``state.pt`` and ``history.jsonl`` live there, the result under ``checkpoint/``.
+        corpus: opened with the drafter's layers and with the target's last hidden state.
+        target: the frozen parts.
+        config: the drafter.
+        token_ids: draft vocabulary, or ``None``.
+        options: how to train; a saved state of other options is refused.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        corpus: Corpus,
+        target: TargetWeights,
+        config: DrafterConfig,
+        token_ids: torch.Tensor | None,
+        options: TrainOptions,
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._corpus, self._target, self._options = folder, corpus, target, options
+        self.drafter: Drafter = initial_drafter(config, target, token_ids, options.copied_layers, options.seed)
+        self._model = self.drafter.model
+        rows = target.output_head if token_ids is None else target.output_head[token_ids]
+        self._head = DraftHead(rows.contiguous(), token_ids, self._model.markov)
+        self._label_index = torch.full((len(target.embedding) + 1,), -1)
+        self._label_index[: len(target.embedding)] = _inverse(token_ids, len(target.embedding))
+        self._final_layer = max(corpus.layers)
+        self._optimizer = self._make_optimizer()
+        self._held_out = [
+            i for i, answer in enumerate(corpus.ids) if is_held_out(answer.prompt_index) and answer.temperature == 0
+        ][: options.held_out_answers]
+        self._training = [
+            i
+            for i, answer in enumerate(corpus.ids)
+            if not is_held_out(answer.prompt_index) and corpus.answer_tokens(i) > 2
+        ]
+        self.step = 0
+        self._seconds = 0.0
+        self._resume()
+
+    def run(self, watch: Callable[[StepReport], None]) -> None:
+        """Train to the last step, reporting each; save the checkpoint at the end."""
+        order = self._order()
+        for _ in range(self.step):
+            next(order)
+        started = time.monotonic() - self._seconds
+        while self.step < self._options.steps:
+            loss = self._train_step(next(order))
+            self.step += 1
+            self._seconds = time.monotonic() - started
+            report = None
+            if self.step % self._options.evaluate_every == 0 or self.step == self._options.steps:
+                report = self.evaluate()
+                self._log(loss, report)
+            if self.step % self._options.save_every == 0 or self.step == self._options.steps:
+                self._save()
+            watch(StepReport(self.step, self._options.steps, loss, self._seconds, report))
+        save_drafter(self.drafter, self._folder / "checkpoint")
+
+    def evaluate(self) -> AcceptanceReport:
+        """Emitted tokens per verify step on the held-out greedy answers."""
+        self._model.eval()
+        answers = (self._corpus.read(i) for i in self._held_out)
+        report = evaluate(self._model, self._head, self._target.embedding, list(answers))
+        self._model.train()
+        return report
+
+    def _train_step(self, indices: list[int]) -> float:
+        options = self._options
+        for group in self._optimizer.param_groups:
+            group["lr"] = options.learning_rate * group["factor"] * self._schedule()
+        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + self.step)
+        answers = [self._corpus.read(i) for i in indices]
+        anchors = [_draw_anchors(answer, options.anchors_per_answer, generator) for answer in answers]
+        batch = make_batch(answers, anchors, self._model.config)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.precision == "bfloat16"):
+            loss = self._loss(answers, batch)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        self._optimizer.step()
+        return float(loss.detach())
+
+    def _loss(self, answers: list[Answer], batch: BlockBatch) -> torch.Tensor:
+        options = self._options
+        logits = F.linear(run_blocks(self._model, batch, self._target.embedding), self._head.weight)
+        if self._model.markov is not None:
+            logits = logits + self._model.markov(batch.previous)
+        logits = logits.float()
+        with torch.no_grad():
+            final = torch.cat([a.hidden[self._final_layer].float() for a in answers])
+            final = F.rms_norm(final, final.shape[-1:], self._target.final_norm, self._model.config.rms_norm_eps)
+            teacher = F.linear(final[batch.teacher_rows()], self._head.weight).float()
+        inside = batch.labels >= 0
+        most_likely = torch.where(inside, teacher.argmax(dim=-1), -1)
+        # Where the text itself goes on with a token outside the draft vocabulary, no draft can be accepted.
+        most_likely[self._label_index[batch.labels] < 0] = -1
+        weights = falling_weights(batch.labels.shape[1], options.slot_decay)
+        hard = label_cross_entropy(logits, most_likely, weights)
+        soft = distillation(logits, teacher, inside, weights)
+        return (1 - options.distillation_share) * hard + options.distillation_share * soft
+
+    def _schedule(self) -> float:
+        warmup = max(1, int(self._options.warmup * self._options.steps))
+        if self.step < warmup:
+            return (self.step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (self.step - warmup) / max(1, self._options.steps - warmup)))
+
+    def _order(self) -> Iterator[list[int]]:
+        """Batches of answers, epoch after epoch, the same for the same seed."""
+        generator = torch.Generator().manual_seed(self._options.seed)
+        size = self._options.answers_per_step
+        while True:
+            shuffled = [self._training[i] for i in torch.randperm(len(self._training), generator=generator).tolist()]
+            for start in range(0, len(shuffled) - size + 1, size):
+                yield shuffled[start : start + size]
+
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        copied = [p for name, p in self._model.named_parameters() if name.startswith(("layers.", "norm."))]
+        new = [p for name, p in self._model.named_parameters() if not name.startswith(("layers.", "norm."))]
+        groups = [{"params": copied, "factor": 1.0}, {"params": new, "factor": self._options.new_tensor_factor}]
+        return torch.optim.AdamW(groups, lr=self._options.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def _log(self, loss: float, report: AcceptanceReport) -> None:
+        entry = {"step": self.step, "seconds": round(self._seconds, 1), "loss": round(loss, 4)}
+        with (self._folder / "history.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**entry, "emitted_per_verify_step": report.summary()}) + "\n")
+
+    def _save(self) -> None:
+        state = {
+            "options": asdict(self._options),
+            "step": self.step,
+            "seconds": self._seconds,
+            "model": self._model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+        }
+        unfinished = self._folder / "state.partial"
+        torch.save(state, unfinished)
+        os.replace(unfinished, self._folder / "state.pt")
+
+    def _resume(self) -> None:
+        path = self._folder / "state.pt"
+        if not path.exists():
+            return
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        if state["options"] != json.loads(json.dumps(asdict(self._options))) | {
+            "copied_layers": self._options.copied_layers
+        }:
+            raise ValueError(f"{path} was trained with other options; choose another run folder or remove it")
+        self._model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.step, self._seconds = state["step"], state["seconds"]
+        _keep_history(self._folder / "history.jsonl", self.step)
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The evaluations of a run, oldest first."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _keep_history(path: Path, step: int) -> None:
+    """Drop what was logged after the state that the run resumes from."""
+    kept = [json.dumps(entry) + "\n" for entry in read_history(path) if entry["step"] <= step]
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def _draw_anchors(answer: Answer, count: int, generator: torch.Generator) -> torch.Tensor:
+    candidates = torch.tensor(list(anchor_range(answer)))
+    chosen = torch.randperm(len(candidates), generator=generator)[:count]
+    return candidates[chosen].sort().values
+
+
+def _inverse(token_ids: torch.Tensor | None, vocab_size: int) -> torch.Tensor:
+    """``[vocab]`` index of every token in the draft vocabulary, -1 for those outside."""
+    if token_ids is None:
+        return torch.arange(vocab_size)
+    index = torch.full((vocab_size,), -1)
+    index[token_ids] = torch.arange(len(token_ids))
+    return index

@@ -1,0 +1,82 @@
+"""Building the vLLM engine that serves, measures and collects: one set of arguments for all three."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from scheduler.counters import SpeculationHistory
+from scheduler.options import EngineOptions
+from scheduler.vllm_metrics import SpeculationStatLogger
+
+
+@dataclass(frozen=True, slots=True)
+class EngineShape:
+    """Size and precision of the engine.
+
+    Attributes:
+        model: folder of the target.
+        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``.
+        max_model_len: longest prompt and answer together, tokens.
+        max_num_seqs: requests that run at the same time.
+        max_num_batched_tokens: tokens of one step; longer prompts are read in chunks of this size.
+        kv_cache_bytes: memory for K/V pages, the drafter's included; ``None`` lets vLLM decide.
+        block_size: tokens of one KV page.
+        enforce_eager: run without compilation.
+        enable_prefix_caching: reuse the pages of equal prefixes.
+        seed: the engine's seed, which requests without one of their own derive theirs from.
+    """
+
+    model: str
+    dtype: str = "float32"
+    max_model_len: int = 4096
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 2048
+    kv_cache_bytes: int | None = None
+    block_size: int = 32
+    enforce_eager: bool = True
+    enable_prefix_caching: bool = True
+    seed: int = 0
+
+
+def engine_arguments(shape: EngineShape, options: EngineOptions) -> dict[str, Any]:
+    """Keyword arguments of vLLM's ``AsyncEngineArgs`` for our engine; ``options`` without a proposer decode plainly."""
+    arguments: dict[str, Any] = {
+        **plain_arguments(shape),
+        "distributed_executor_backend": "scheduler.vllm_executor.InlineExecutor",
+        "worker_cls": "scheduler.vllm_worker.SlipstreamWorker",
+        "scheduler_cls": "scheduler.vllm_scheduler.SlipstreamScheduler",
+        "additional_config": options.to_additional_config(),
+    }
+    if options.drafter or options.recorder:
+        arguments["speculative_config"] = {
+            "method": "custom_class",
+            "model": "scheduler.vllm_proposer.ProposerHost",
+            "num_speculative_tokens": options.drafter.max_draft_tokens if options.drafter else 1,
+        }
+    return arguments
+
+
+def plain_arguments(shape: EngineShape) -> dict[str, Any]:
+    """The same engine as vLLM ships it, without any class of ours."""
+    return {
+        "model": shape.model,
+        "dtype": shape.dtype,
+        "max_model_len": shape.max_model_len,
+        "max_num_seqs": shape.max_num_seqs,
+        "max_num_batched_tokens": shape.max_num_batched_tokens,
+        "kv_cache_memory_bytes": shape.kv_cache_bytes,
+        "block_size": shape.block_size,
+        "enforce_eager": shape.enforce_eager,
+        "enable_prefix_caching": shape.enable_prefix_caching,
+        "enable_chunked_prefill": True,
+        "seed": shape.seed,
+    }
+
+
+def start_engine(arguments: dict[str, Any], history: SpeculationHistory | None = None) -> AsyncLLM:
+    """Start the engine's processes and wait until they can serve; ``history`` then counts speculation."""
+    loggers = [partial(SpeculationStatLogger, history=history)] if history is not None else None
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=loggers)

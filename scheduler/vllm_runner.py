@@ -1,0 +1,165 @@
+"""vLLM's model runner, extended to hand every target forward pass to a proposer."""
+
+import time
+from typing import Any, cast
+
+import numpy as np
+import torch
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from vllm.v1.outputs import DraftTokenIds, SamplerOutput
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from drafter.types import PagedCacheSpec, TargetForward
+from scheduler.noise import request_seed
+from scheduler.vllm_proposer import ProposerHost
+from scheduler.vllm_sampler import PositionKeyedSampler, StepKeys, use_position_keyed_sampling
+from scheduler.vllm_types import SurvivalDraftTokenIds
+
+
+class SlipstreamModelRunner(CPUModelRunner):
+    """Runs the target, samples with position-keyed noise, and lets the proposer see every forward pass."""
+
+    sampler: PositionKeyedSampler
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        use_position_keyed_sampling(self)
+        self._host: ProposerHost | None = cast(ProposerHost | None, getattr(self, "drafter", None))
+        self.use_aux_hidden_state_outputs = self._host is not None
+        self._seeds: dict[str, int] = {}
+        self._finished: list[str] = []
+        self._survival: list[list[float]] = []
+        self._group = 0
+        self.drafting_seconds = 0.0
+
+    def _get_eagle3_aux_layers_from_config(self) -> tuple[int, ...] | None:
+        return self._host.proposer.hidden_state_layers if self._host else None
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
+        """Allocate the target's cache, then the proposer's over the same pages."""
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        if self._host is None:
+            return
+        self._group = full_attention_group(kv_cache_config)
+        table = self.input_batch.block_table[self._group]
+        pages_per_block = kv_cache_config.kv_cache_groups[self._group].kv_cache_spec.block_size // table.block_size
+        spec = PagedCacheSpec(kv_cache_config.num_blocks * pages_per_block, table.block_size)
+        self._host.proposer.attach(self._host.target(), spec)
+        # vLLM copies pages of every tensor in this list when it splits a shared page, ours included.
+        self.kv_caches.extend(self._host.proposer.page_tensors())
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+        self._finished.extend(scheduler_output.finished_req_ids)
+        for request_id in scheduler_output.finished_req_ids:
+            self._seeds.pop(request_id, None)
+        corrections = super()._update_states(scheduler_output)
+        for request in scheduler_output.scheduled_new_reqs:
+            params = request.sampling_params
+            self._seeds[request.req_id] = request_seed(params and params.seed, self.model_config.seed, request.req_id)
+            # The noise needs no generator, and vLLM's CPU backend dies rewinding one.
+            self.requests[request.req_id].generator = None
+        self.input_batch.generators.clear()
+        return corrections
+
+    def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> SamplerOutput:
+        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
+            spec_decode_metadata = None  # nothing to verify: a plain step
+        batch = self.input_batch
+        if not batch.sampling_metadata.all_greedy:
+            num_reqs = batch.num_reqs
+            self.sampler.keys = StepKeys(
+                torch.tensor([self._seeds[r] for r in batch.req_ids[:num_reqs]]),
+                torch.from_numpy(batch.num_tokens_no_spec[:num_reqs].astype(np.int64)),
+                list(spec_decode_metadata.num_draft_tokens) if spec_decode_metadata else [0] * num_reqs,
+            )
+        return super()._sample(logits, spec_decode_metadata)
+
+    def _input_fits_in_drafter(self, common_attn_metadata: object) -> bool:
+        # vLLM would skip the proposer for the whole batch when one request nears the maximum length, and with it
+        # the context K/V of all others. Lengths are limited per request instead (_draft_limits).
+        return common_attn_metadata is not None
+
+    def propose_draft_token_ids(  # type: ignore[override]
+        self,
+        scheduler_output: SchedulerOutput,
+        sampled_token_ids: list[list[int]],
+        sampling_metadata: object,
+        hidden_states: torch.Tensor,
+        sample_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        *args: object,
+    ) -> list[list[int]]:
+        """Called by vLLM after every step, with prompts still being read among the requests."""
+        assert self._host is not None and aux_hidden_states is not None
+        started = time.perf_counter()
+        forward = self._target_forward(scheduler_output, sampled_token_ids, aux_hidden_states)
+        drafts = self._host.proposer.propose(forward)
+        self._survival = drafts.survival
+        self.drafting_seconds += time.perf_counter() - started
+        return drafts.token_ids
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """vLLM's draft ids, with the survival estimates beside them."""
+        taken = super().take_draft_token_ids()
+        if taken is None:
+            return None
+        return SurvivalDraftTokenIds(taken.req_ids, taken.draft_token_ids, self._survival)
+
+    def _target_forward(
+        self, output: SchedulerOutput, sampled: list[list[int]], hidden_states: list[torch.Tensor]
+    ) -> TargetForward:
+        batch = self.input_batch
+        num_reqs = batch.num_reqs
+        request_ids = list(batch.req_ids[:num_reqs])
+        lengths = np.array([output.num_scheduled_tokens[r] for r in request_ids])
+        drafted = np.array([len(output.scheduled_spec_decode_tokens.get(r, ())) for r in request_ids])
+        accepted = np.array([max(len(tokens) - 1, 0) for tokens in sampled])
+        rejected = np.where([bool(tokens) for tokens in sampled], drafted - accepted, 0)
+        total = int(lengths.sum())
+        context_lens = batch.num_computed_tokens_cpu[:num_reqs] + lengths - rejected
+        table = batch.block_table[self._group]
+        finished, self._finished = self._finished, []
+        return TargetForward(
+            request_ids=request_ids,
+            row_starts=torch.from_numpy(np.concatenate([[0], lengths.cumsum()])),
+            token_ids=self.input_ids.gpu[:total].long(),
+            positions=self.positions[:total],
+            slot_mapping=table.slot_mapping.gpu[:total],
+            block_table=table.get_device_tensor(num_reqs),
+            hidden_states=[h[:total] for h in hidden_states],
+            context_lens=torch.from_numpy(context_lens.astype(np.int64)),
+            sampled=sampled,
+            draft_limits=self._draft_limits(request_ids, context_lens),
+            finished=finished,
+            prompt_lens=[int(n) for n in batch.num_prompt_tokens[:num_reqs]],
+        )
+
+    def _draft_limits(self, request_ids: list[str], context_lens: np.ndarray) -> list[int]:
+        """Draft tokens that can still be emitted: a step emits one token more than it accepts."""
+        limits = []
+        for request_id, context_len in zip(request_ids, context_lens.tolist(), strict=True):
+            state = self.requests[request_id]
+            params = state.sampling_params
+            room = self.max_model_len - context_len - 2
+            if params is not None:
+                if params.max_tokens is not None:
+                    room = min(room, params.max_tokens - len(state.output_token_ids) - 1)
+                if state.output_token_ids and state.output_token_ids[-1] in params.all_stop_token_ids:
+                    room = 0
+            limits.append(max(room, 0))
+        return limits
+
+
+def full_attention_group(kv_cache_config: KVCacheConfig) -> int:
+    """Index of the KV group whose pages hold the whole context.
+
+    Raises:
+        ValueError: the target has none, so there is no block table that a drafter could share.
+    """
+    for index, group in enumerate(kv_cache_config.kv_cache_groups):
+        if isinstance(group.kv_cache_spec, FullAttentionSpec):
+            return index
+    kinds = sorted({type(g.kv_cache_spec).__name__ for g in kv_cache_config.kv_cache_groups})
+    raise ValueError(f"the target has no full-attention layers to share pages with: its KV groups are {kinds}")

@@ -1,0 +1,41 @@
+"""vLLM's CPU worker with the Slipstream runner inside, and the proposer's pages in its memory budget."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+from unittest import mock
+
+import vllm.v1.worker.cpu_worker as cpu_worker
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from scheduler.vllm_runner import SlipstreamModelRunner
+
+
+class SlipstreamWorker(CPUWorker):
+    """Named in ``worker_cls``; lives in the worker process."""
+
+    model_runner: SlipstreamModelRunner
+
+    def init_device(self) -> None:
+        """Let vLLM set the device up with our runner in the place of its own, which it names directly."""
+        with mock.patch.object(cpu_worker, "CPUModelRunner", SlipstreamModelRunner):
+            super().init_device()
+
+    def determine_available_memory(self) -> int:
+        """Bytes for the target's pages: what there is, less the share that the proposer's pages will take."""
+        available = cast(int, super().determine_available_memory())
+        extra = self.proposer_cache_bytes_per_token()
+        if not extra:
+            return available
+        specs = self.model_runner.get_kv_cache_spec().values()
+        target = sum(spec.page_size_bytes / spec.block_size for spec in specs)
+        return int(available * target / (target + extra))
+
+    def proposer_cache_bytes_per_token(self) -> int:
+        """Bytes of paged cache that the proposer needs for one token of context."""
+        host = getattr(self.model_runner, "drafter", None)
+        return host.proposer.cache_bytes_per_token() if host else 0
+
+    def proposer_command(self, name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Reached from the front end by ``AsyncLLM.collective_rpc``; see ``Proposer.command``."""
+        host = getattr(self.model_runner, "drafter", None)
+        return host.proposer.command(name, arguments) if host else {}

@@ -1,0 +1,1 @@
+"""The front end: command line, settings, and the OpenAI-compatible HTTP application."""

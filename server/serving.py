@@ -1,0 +1,189 @@
+"""``slipstream serve``: from settings to a running server, and down again."""
+
+import asyncio
+import os
+import shlex
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from server.drafter_store import resolve_drafter
+from server.engine_output import EngineOutput
+from server.errors import ServerStartError
+from server.model_store import resolve_model
+from server.preflight import bind, check_drafter, check_length, check_memory, read_target_config
+from server.progress import ProgressBar
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from scheduler.counters import SpeculationHistory
+
+_VLLM_LEVELS = {"debug": "DEBUG", "info": "WARNING", "warning": "WARNING", "error": "ERROR"}
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What will be served, resolved and checked."""
+
+    settings: Settings
+    model: Path
+    name: str
+    drafter: Path | None
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code.
+
+    Raises:
+        SlipstreamError: something the user gave cannot be used; nothing is left running.
+    """
+    listener = bind(settings.server.host, settings.server.port)
+    try:
+        served = _prepare(settings)
+        with _interruptible():
+            return asyncio.run(_serve(served, listener))
+    finally:
+        listener.close()
+
+
+def _prepare(settings: Settings) -> Served:
+    with ProgressBar("model") as progress:
+        model = resolve_model(settings.model.source, settings.model.cache_dir, progress)
+    target = read_target_config(model)
+    check_length(settings, target)
+    drafter = resolve_drafter(settings.speculation.drafter) if settings.speculation.enabled else None
+    if drafter is not None:
+        check_drafter(drafter, model, target)
+    check_memory(settings, target, drafter)
+    return Served(settings, model, settings.model.served_name or Path(settings.model.source).name, drafter)
+
+
+async def _serve(served: Served, listener: socket.socket) -> int:
+    started = time.monotonic()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", _VLLM_LEVELS[served.settings.server.log_level])
+    print("starting the engine …", file=sys.stderr, flush=True)
+    from scheduler.counters import SpeculationHistory
+
+    history = SpeculationHistory()
+    output = EngineOutput(show=served.settings.server.log_level == "debug")
+    engine = _start_engine(served, history, output)
+    try:
+        await _run_http(served, listener, engine, history, started, output)
+    finally:
+        engine.shutdown()
+    return 0
+
+
+def _start_engine(served: Served, history: "SpeculationHistory", output: EngineOutput) -> "AsyncLLM":
+    try:
+        with output.captured():
+            from scheduler.engine import engine_arguments, start_engine
+
+            return start_engine(engine_arguments(*_engine_shape(served)), history)
+    except Exception as error:
+        raise ServerStartError(f"the engine did not start: {output.cause() or error}") from error
+
+
+def _engine_shape(served: Served) -> Any:
+    from scheduler.engine import EngineShape
+    from scheduler.options import DrafterOptions, EngineOptions
+
+    model, engine, speculation = served.settings.model, served.settings.engine, served.settings.speculation
+    shape = EngineShape(
+        model=str(served.model),
+        dtype=model.dtype,
+        max_model_len=model.max_model_len,
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        kv_cache_bytes=int(engine.kv_cache_gib * 2**30),
+        block_size=engine.block_size,
+        enforce_eager=engine.enforce_eager,
+        enable_prefix_caching=engine.prefix_caching,
+        seed=engine.seed,
+    )
+    if served.drafter is None:
+        return shape, EngineOptions()
+    return shape, EngineOptions(
+        DrafterOptions(served.drafter, speculation.max_draft_tokens, speculation.survival_floor)
+    )
+
+
+async def _run_http(
+    served: Served,
+    listener: socket.socket,
+    engine: "AsyncLLM",
+    history: "SpeculationHistory",
+    started: float,
+    output: EngineOutput,
+) -> None:
+    import uvicorn
+
+    from server.app import SpeculationSource, build
+    from server.vllm_adapter import build_openai_app, drafter_counters, lifespan_of
+
+    settings = served.settings
+    openai_app = await build_openai_app(engine, str(served.model), served.name)
+    speculation = SpeculationSource(
+        drafter=served.drafter.name if served.drafter else None,
+        max_draft_tokens=settings.speculation.max_draft_tokens if served.drafter else 0,
+        history=history,
+        drafter_counters=lambda: drafter_counters(engine),
+    )
+    app = build(openai_app, lifespan_of(openai_app), speculation)
+    config = uvicorn.Config(
+        app,
+        log_level=settings.server.log_level,
+        access_log=settings.server.log_level == "debug",
+        log_config=None,
+        timeout_graceful_shutdown=settings.server.shutdown_grace_seconds,
+    )
+    http = uvicorn.Server(config)
+    output.pass_on()
+    print(_ready_block(served, time.monotonic() - started), file=sys.stderr, flush=True)
+    await http.serve(sockets=[listener])
+
+
+def _ready_block(served: Served, seconds: float) -> str:
+    """What a user wants to know once, when the server is ready."""
+    server = served.settings.server
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    reachable = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104 compared, not bound
+    url = f"http://{reachable}:{server.port}"
+    drafter = "off" if served.drafter is None else (
+        f"{served.drafter.name}, up to {served.settings.speculation.max_draft_tokens} tokens a step"
+    )
+    body = f'{{"model": "{served.name}", "messages": [{{"role": "user", "content": "Say hello."}}]}}'
+    return "\n".join(
+        [
+            "",
+            f"  Slipstream is ready ({seconds:.0f} s)",
+            f"  URL      {url}/v1",
+            f"  model    {served.name} ({served.settings.model.dtype})",
+            f"  drafter  {drafter}",
+            "",
+            f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}",
+            "",
+        ]
+    )
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Make SIGTERM end the start-up like Ctrl-C does; while requests are served, uvicorn handles both."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

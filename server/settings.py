@@ -1,0 +1,97 @@
+"""Every setting, declared once: name, default, range, unit and description.
+
+``server.settings_catalogue`` reads these declarations to parse single values and to describe them;
+``server.config`` layers presets, environment and flags over the defaults.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+# A path of the user's: "~" is their home folder wherever the value comes from.
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+
+
+def _setting(default: Any, description: str, *, unit: str = "", **limits: Any) -> Any:
+    """A field with its description, unit and pydantic limits (``ge``, ``gt``, ``le``, ``min_length``)."""
+    return Field(default, description=description, json_schema_extra={"unit": unit}, **limits)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class ModelSettings(_Section):
+    """The target model."""
+
+    source: str = _setting(
+        "smollm2-135m-instruct", "target: the name of a known model, or a folder with safetensors", min_length=1
+    )
+    served_name: str | None = _setting(
+        None, "name of the model in the API; without one, the last part of the source", min_length=1
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = _setting(
+        "float32", "number format of the target's weights and arithmetic"
+    )
+    max_model_len: int = _setting(4096, "longest prompt and answer together", unit="tokens", ge=16, le=4_194_304)
+    cache_dir: UserPath = _setting(Path("~/.cache/slipstream"), "folder for fetched and converted models")
+
+
+class EngineSettings(_Section):
+    """The engine that runs the target."""
+
+    max_num_seqs: int = _setting(32, "requests that run at the same time", unit="requests", ge=1, le=4096)
+    max_num_batched_tokens: int = _setting(
+        2048, "tokens of one engine step; longer prompts are read in chunks", unit="tokens", ge=16, le=1_048_576
+    )
+    kv_cache_gib: float = _setting(1.0, "memory for K/V pages, the drafter's included", unit="GiB", gt=0, le=65_536)
+    block_size: int = _setting(32, "tokens of one K/V page", unit="tokens", ge=1, le=1024)
+    prefix_caching: bool = _setting(True, "keep the K/V pages of prompts for requests that begin alike")
+    enforce_eager: bool = _setting(True, "run without compilation: ready sooner, steps possibly slower")
+    seed: int = _setting(0, "seed of requests that bring none of their own", ge=0, le=2**32 - 1)
+
+
+class SpeculationSettings(_Section):
+    """The drafter, and how much of its drafts is verified."""
+
+    enabled: bool = _setting(True, "draft tokens ahead; the answers are the same without")
+    drafter: str = _setting(
+        "smollm2-135m-instruct", "drafter: the name of a shipped checkpoint, or a folder", min_length=1
+    )
+    max_draft_tokens: int = _setting(5, "longest draft verified in one step", unit="tokens", ge=1, le=32)
+    survival_floor: float = _setting(
+        0.12, "a drafted token less likely than this to be reached is not verified", unit="probability", ge=0, le=1
+    )
+
+
+class ServerSettings(_Section):
+    """The HTTP server."""
+
+    host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 for every interface", min_length=1)
+    port: int = _setting(8000, "TCP port to listen on", ge=1, le=65_535)
+    log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "least severe messages that are logged")
+    shutdown_grace_seconds: int = _setting(
+        30, "time that running requests get to finish after SIGTERM", unit="seconds", ge=0, le=86_400
+    )
+
+
+class Settings(BaseModel):
+    """All settings of a run, by section."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: ModelSettings = ModelSettings()
+    engine: EngineSettings = EngineSettings()
+    speculation: SpeculationSettings = SpeculationSettings()
+    server: ServerSettings = ServerSettings()
+
+    @model_validator(mode="after")
+    def _batch_holds_one_token_of_each_request(self) -> "Settings":
+        engine = self.engine
+        if engine.max_num_batched_tokens < engine.max_num_seqs:
+            raise ValueError(
+                f"engine.max_num_batched_tokens = {engine.max_num_batched_tokens} is less than "
+                f"engine.max_num_seqs = {engine.max_num_seqs}: a step needs room for one token of every request"
+            )
+        return self
