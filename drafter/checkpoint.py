@@ -106,7 +106,9 @@ def _to_dflash(state: Mapping[str, torch.Tensor], config: DrafterConfig) -> dict
             result.update({base.format(k): part.contiguous() for k, part in zip("qkv", parts, strict=True)})
         elif name.endswith("gate_up_proj.weight"):
             base = name.replace("gate_up_proj", "mlp.{}_proj")
-            result.update({base.format(k): p.contiguous() for k, p in zip(("gate", "up"), tensor.chunk(2), strict=True)})
+            result.update(
+                {base.format(k): p.contiguous() for k, p in zip(("gate", "up"), tensor.chunk(2), strict=True)}
+            )
         elif name.startswith("layers."):
             layer, index, module, rest = name.split(".", 3)
             group = {"o_proj": "self_attn.", "q_norm": "self_attn.", "k_norm": "self_attn.", "down_proj": "mlp."}

@@ -12,10 +12,8 @@ from drafter.config import DrafterConfig, InputScheme
 class Attend(Protocol):
     """Attention of the block's queries over context and block; serving reads pages, training reads tensors."""
 
-    def __call__(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
-        """``query`` ``[blocks, slots, heads, head_dim]``, ``key`` and ``value`` with kv_heads; returns the query's shape."""
+    def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attend from ``query`` ``[blocks, slots, heads, head_dim]``; ``key`` and ``value`` have ``kv_heads``."""
         ...
 
 
@@ -100,7 +98,8 @@ class DrafterLayer(nn.Module):
         attended = attend(layer, rotate(query, factors), rotate(key, factors), value)
         x = x + self.o_proj(attended.reshape(*x.shape[:-1], self.q_size))
         gate, up = self.gate_up_proj(self.post_attention_layernorm(x)).chunk(2, dim=-1)
-        return x + self.down_proj(F.silu(gate) * up)
+        output: torch.Tensor = x + self.down_proj(F.silu(gate) * up)
+        return output
 
 
 class MarkovHead(nn.Module):

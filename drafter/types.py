@@ -108,7 +108,7 @@ class Proposer(Protocol):
 
     @property
     def hidden_state_layers(self) -> tuple[int, ...]:
-        """Indices of the hidden states to hand over: ``i`` is the output of decoder layer ``i - 1``, 0 the embedding."""
+        """Hidden states to hand over: ``i`` is the output of decoder layer ``i - 1``, 0 the embedding."""
         ...
 
     @property

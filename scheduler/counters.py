@@ -90,6 +90,4 @@ class SpeculationHistory:
 
 def _added(left: Sequence[int], right: Sequence[int]) -> list[int]:
     size = max(len(left), len(right))
-    return [
-        (left[i] if i < len(left) else 0) + (right[i] if i < len(right) else 0) for i in range(size)
-    ]
+    return [(left[i] if i < len(left) else 0) + (right[i] if i < len(right) else 0) for i in range(size)]

@@ -18,6 +18,7 @@ class EngineShape:
 
     Attributes:
         model: folder of the target.
+        served_name: the model's name in metrics; the folder without one.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``.
         max_model_len: longest prompt and answer together, tokens.
         max_num_seqs: requests that run at the same time.
@@ -30,6 +31,7 @@ class EngineShape:
     """
 
     model: str
+    served_name: str | None = None
     dtype: str = "float32"
     max_model_len: int = 4096
     max_num_seqs: int = 32
@@ -63,6 +65,7 @@ def plain_arguments(shape: EngineShape) -> dict[str, Any]:
     """The same engine as vLLM ships it, without any class of ours."""
     return {
         "model": shape.model,
+        "served_model_name": shape.served_name,
         "dtype": shape.dtype,
         "max_model_len": shape.max_model_len,
         "max_num_seqs": shape.max_num_seqs,

@@ -81,7 +81,7 @@ class SlipstreamModelRunner(CPUModelRunner):
         # the context K/V of all others. Lengths are limited per request instead (_draft_limits).
         return common_attn_metadata is not None
 
-    def propose_draft_token_ids(  # type: ignore[override]
+    def propose_draft_token_ids(
         self,
         scheduler_output: SchedulerOutput,
         sampled_token_ids: list[list[int]],

@@ -186,7 +186,9 @@ def accept_equal(
     for r, count in enumerate(num_draft_tokens):
         pairs = zip(drafts[start : start + count], tokens[start : start + count], strict=True)
         accepted = next((k for k, (draft, token) in enumerate(pairs) if draft != token), count)
-        emitted = tokens[start : start + accepted + 1] if accepted < count else [*tokens[start : start + count], bonus[r]]
+        emitted = (
+            tokens[start : start + accepted + 1] if accepted < count else [*tokens[start : start + count], bonus[r]]
+        )
         output[r, : len(emitted)] = torch.tensor(emitted, dtype=torch.int32)
         start += count
     return output

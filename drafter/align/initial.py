@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -29,7 +30,7 @@ class TargetWeights:
     embedding: torch.Tensor
     output_head: torch.Tensor
     final_norm: torch.Tensor
-    config: dict[str, object]
+    config: dict[str, Any]
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor of the target by its Hugging Face name, as float32."""
@@ -50,12 +51,60 @@ def read_tensor(folder: Path, name: str) -> torch.Tensor:
     raise KeyError(f"{folder} holds no tensor {name}")
 
 
+def read_target_config(folder: Path) -> dict[str, Any]:
+    """Content of the target's ``config.json``."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
 def read_target(folder: Path) -> TargetWeights:
     """Read the shared parts of a Llama-style target."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_target_config(folder)
     embedding = read_tensor(folder, "model.embed_tokens.weight")
     head = embedding if config.get("tie_word_embeddings") else read_tensor(folder, "lm_head.weight")
     return TargetWeights(folder, embedding, head, read_tensor(folder, "model.norm.weight"), config)
+
+
+def drafter_config(
+    target: TargetWeights,
+    *,
+    copied_layers: tuple[int, ...],
+    target_layer_ids: tuple[int, ...],
+    block_size: int,
+    draft_vocab_size: int,
+    mask_token_id: int,
+) -> DrafterConfig:
+    """The shape of a drafter for a target: layers like the target's own, fewer of them."""
+    config: dict[str, Any] = target.config
+    heads = config["num_attention_heads"]
+    rope = config.get("rope_parameters") or {}
+    return DrafterConfig(
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_layers=len(copied_layers),
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocab_size=config["vocab_size"],
+        rms_norm_eps=config["rms_norm_eps"],
+        rope_theta=float(rope.get("rope_theta") or config["rope_theta"]),
+        qk_norm=config["model_type"] == "qwen3",
+        target_layer_ids=target_layer_ids,
+        block_size=block_size,
+        mask_token_id=mask_token_id,
+        draft_vocab_size=min(draft_vocab_size, config["vocab_size"]),
+    )
+
+
+def spread_layer_ids(num_layers: int, count: int) -> tuple[int, ...]:
+    """Target layers to read: ``count - 1`` spread as DFlash does (``1`` to ``N - 3``), and the last one.
+
+    The last layer's output is what the target's own head reads, so the recording also holds the target's
+    distribution over next tokens.
+    """
+    spread = count - 1
+    step = (num_layers - 4) / max(spread - 1, 1)
+    return (*(round(1 + i * step) for i in range(spread)), num_layers - 1)
 
 
 def frequent_tokens(corpus: Corpus, size: int, vocab_size: int) -> tuple[torch.Tensor, float]:

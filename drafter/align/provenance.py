@@ -81,8 +81,8 @@ def commit() -> str | None:
     """The commit of the source tree that this file belongs to, marked when files differ from it."""
     folder = Path(__file__).parent
     try:
-        result = subprocess.run(  # noqa: S603
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"],  # noqa: S607
+        result = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"],
             capture_output=True,
             text=True,
             check=True,

@@ -57,7 +57,7 @@ class TrainOptions:
     precision: str = "float32"
     evaluate_every: int = 250
     save_every: int = 100
-    held_out_answers: int = 48
+    held_out_answers: int = 40
     seed: int = 0
 
 

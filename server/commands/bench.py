@@ -2,7 +2,7 @@
 
 import argparse
 
-HOSTS_ENGINE = True
+HOSTS_ENGINE = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

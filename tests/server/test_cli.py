@@ -50,7 +50,9 @@ def test_help_of_every_command_imports_nothing_heavy(command: str) -> None:
 
 def test_help_of_serve_describes_every_setting_with_range_unit_and_default(slipstream: RunCommand) -> None:
     text = " ".join(slipstream("serve", "--help").stdout.split())
-    assert "--speculation.max_draft_tokens TOKENS longest draft verified in one step; a whole number from 1 to 32" in text
+    assert (
+        "--speculation.max_draft_tokens TOKENS longest draft verified in one step; a whole number from 1 to 32" in text
+    )
     assert "--engine.prefix_caching, --no-engine.prefix_caching" in text
     assert "default 8000" in text
     assert "--config PRESET" in text

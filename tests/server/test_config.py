@@ -65,7 +65,9 @@ def test_an_unknown_key_of_a_preset_names_file_key_value_and_nearest(tmp_path: P
 
 def test_an_unknown_variable_is_an_error_and_not_ignored() -> None:
     message = refusal(DEFAULT_PRESET, {"SLIPSTREAM_SERVER__PROT": "80"})
-    assert message.startswith("environment variable SLIPSTREAM_SERVER__PROT: unknown setting 'server.prot' (value '80')")
+    assert message.startswith(
+        "environment variable SLIPSTREAM_SERVER__PROT: unknown setting 'server.prot' (value '80')"
+    )
     assert "nearest known setting: server.port" in message
     assert "server.port" in refusal(DEFAULT_PRESET, {"SLIPSTREAM_PORT": "80"})
 

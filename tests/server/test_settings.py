@@ -37,7 +37,7 @@ def test_the_names_that_other_modules_rely_on() -> None:
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        Settings().server.port = 9000  # type: ignore[misc]
+        Settings().server.port = 9000
 
 
 def test_home_is_expanded_in_defaults_and_in_values() -> None:

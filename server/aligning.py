@@ -1,0 +1,201 @@
+"""``slipstream align``: the target answers, the drafter learns, the checkpoint is written with its papers."""
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from drafter.align.collect import CollectOptions, collect, plan_answers, write_own_prompts
+from drafter.align.prompts import Prompt, read_prompts, write_prompts
+from server.errors import InputError, ServerStartError
+from server.flags import settings_of
+from server.model_store import resolve_model
+from server.progress import ProgressBar
+from server.settings import Settings
+
+_KV_GIB = 3.0  # 64 answers of full length and their prompts
+_MAX_LEN = 1024
+_LAYERS_READ = 5
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run whatever of collecting and training the run folder does not hold yet; returns the exit code.
+
+    Raises:
+        SlipstreamError: the prompts, the target or the run folder cannot be used.
+    """
+    settings = settings_of(args)
+    with ProgressBar("model") as progress:
+        model = resolve_model(settings.model.source, settings.model.cache_dir, progress)
+    args.run.mkdir(parents=True, exist_ok=True)
+    try:
+        asyncio.run(_collect(args, settings, model))
+        _train(args, settings, model)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return 0
+
+
+async def _collect(args: argparse.Namespace, settings: Settings, model: Path) -> None:
+    prompts = _known_prompts(args)
+    options = CollectOptions(
+        folder=args.run / "corpus",
+        max_answer_tokens=args.max_answer,
+        target_tokens=args.answer_tokens,
+        concurrency=args.concurrency + args.concurrency // 4,
+        seed=args.seed,
+    )
+    recorded = _recorded_tokens(options.folder)
+    if recorded >= args.answer_tokens or (prompts is not None and not plan_answers(prompts, options)):
+        return
+    from scheduler.answering import RecordingEngine
+    from scheduler.engine import EngineShape, engine_arguments, start_engine
+    from scheduler.options import EngineOptions, RecorderOptions
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    layers = _hidden_state_layers(args, model)
+    shape = EngineShape(
+        model=str(model),
+        dtype=settings.model.dtype,
+        max_model_len=_MAX_LEN,
+        max_num_seqs=args.concurrency,
+        max_num_batched_tokens=_MAX_LEN,
+        kv_cache_bytes=int(_KV_GIB * 2**30),
+        enable_prefix_caching=False,
+        seed=args.seed,
+    )
+    print("starting the engine …", file=sys.stderr, flush=True)
+    try:
+        engine = start_engine(engine_arguments(shape, EngineOptions(recorder=RecorderOptions(options.folder, layers))))
+    except RuntimeError as error:
+        raise ServerStartError(f"the engine did not start: {error}") from error
+    try:
+        recording = RecordingEngine(engine)
+        if prompts is None:
+            with ProgressBar("prompts") as bar:
+                tell = _counting(bar, 0, args.own_prompts, "prompts")
+                prompts = await write_own_prompts(recording, args.own_prompts, args.seed, args.concurrency, tell)
+            write_prompts(_own_prompts_file(args), prompts)
+        with ProgressBar("corpus") as bar:
+            tell = _counting(bar, recorded, args.answer_tokens, "tokens")
+            left = CollectOptions(**{**asdict(options), "target_tokens": args.answer_tokens - recorded})
+            await collect(recording, prompts, left, tell)
+    finally:
+        engine.shutdown()
+
+
+def _train(args: argparse.Namespace, settings: Settings, model: Path) -> None:
+    from drafter.align.card import write_card
+    from drafter.align.corpus import Corpus
+    from drafter.align.initial import drafter_config, frequent_tokens, read_target
+    from drafter.align.plot import plot_history
+    from drafter.align.provenance import Provenance, commit, prompt_file, versions, without_folders
+    from drafter.align.train import StepReport, Trainer, TrainOptions, read_history
+
+    target = read_target(model)
+    layers = _hidden_state_layers(args, model)
+    total = target.config["num_hidden_layers"]
+    copied = tuple(range(total - args.layers, total))
+    config = drafter_config(
+        target,
+        copied_layers=copied,
+        target_layer_ids=tuple(layer - 1 for layer in layers),
+        block_size=args.block_size,
+        draft_vocab_size=args.draft_vocabulary,
+        mask_token_id=args.mask_token_id,
+    )
+    corpus = Corpus(args.run / "corpus", layers)
+    token_ids, covered = frequent_tokens(corpus, config.draft_vocab_size, config.vocab_size)
+    print(f"corpus: {len(corpus):,} answers; draft vocabulary covers {covered:.1%} of its tokens", file=sys.stderr)
+    options = TrainOptions(
+        steps=args.steps,
+        learning_rate=args.learning_rate,
+        copied_layers=copied,
+        precision=args.precision,
+        seed=args.seed,
+    )
+    trainer = Trainer(args.run, corpus, target, config, token_ids, options)
+    with ProgressBar("training") as bar:
+
+        def watch(step: StepReport) -> None:
+            measured = "" if step.report is None else f", {step.report.emitted_per_step():.2f} emitted per verify step"
+            bar(step.step / step.steps, f"step {step.step}, loss {step.loss:.3f}{measured}")
+            if step.report is not None:
+                plot_history(read_history(args.run / "history.jsonl"), args.run / "training.png")
+
+        trainer.run(watch)
+    history = read_history(args.run / "history.jsonl")
+    checkpoint = args.run / "checkpoint"
+    provenance = Provenance(
+        command=without_folders(["slipstream", *sys.argv[1:]]),
+        target=Path(settings.model.source).name,
+        prompts=prompt_file(args.prompts, len(read_prompts(args.prompts))) if args.prompts else None,
+        corpus={
+            "answers": len(corpus),
+            "answer_tokens": sum(corpus.answer_tokens(i) for i in range(len(corpus))),
+        },
+        training={**asdict(options), "drafter": config.to_json()},
+        seconds=history[-1]["seconds"],
+        result=history[-1]["emitted_per_verify_step"],
+        versions=versions(),
+        commit=commit(),
+    )
+    provenance.write(checkpoint / "provenance.json")
+    parameters = sum(p.numel() for p in trainer.drafter.model.parameters())
+    write_card(checkpoint / "README.md", provenance, parameters, args.licence)
+    print(f"drafter written to {checkpoint}; serve it with --speculation.drafter {checkpoint}", file=sys.stderr)
+
+
+def _known_prompts(args: argparse.Namespace) -> list[Prompt] | None:
+    """The prompts to answer, or ``None`` when the target has yet to write them."""
+    if args.prompts is not None:
+        try:
+            return read_prompts(args.prompts)
+        except OSError as error:
+            raise InputError(f"prompts cannot be read: {error}") from error
+    own = _own_prompts_file(args)
+    if own.exists():
+        return read_prompts(own)
+    if args.own_prompts is None:
+        raise InputError("prompts are needed: --prompts FILE, or --own-prompts N to let the target write them")
+    return None
+
+
+def _own_prompts_file(args: argparse.Namespace) -> Path:
+    return Path(args.run) / "own-prompts.jsonl"
+
+
+def _hidden_state_layers(args: argparse.Namespace, model: Path) -> tuple[int, ...]:
+    from drafter.align.initial import read_target_config, spread_layer_ids
+
+    total = read_target_config(model)["num_hidden_layers"]
+    chosen = tuple(sorted(args.target_layers or spread_layer_ids(total, _LAYERS_READ)))
+    if chosen[-1] != total - 1 or chosen[0] < 0:
+        raise InputError(
+            f"--target-layers = {','.join(map(str, chosen))}: layers are 0 to {total - 1}, and the last must be among "
+            "them: the target's own distribution is computed from it"
+        )
+    return tuple(layer + 1 for layer in chosen)
+
+
+def _recorded_tokens(folder: Path) -> int:
+    from drafter.align.corpus import Corpus, shard_paths
+
+    if not shard_paths(folder):
+        return 0
+    corpus = Corpus(folder, ())
+    return sum(corpus.answer_tokens(i) for i in range(len(corpus)))
+
+
+def _counting(bar: ProgressBar, done: int, total: int, unit: str) -> Callable[[int], None]:
+    """A callback that moves ``bar`` by what it is given."""
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
+        bar(min(done / total, 1.0), f"{done:,} of {total:,} {unit}")
+
+    return tell
