@@ -6,6 +6,8 @@ nothing but Python's standard library.
 Usage: python scripts/install.py --cpu-index URL
 """
 
+from __future__ import annotations
+
 import argparse
 import fcntl
 import hashlib
@@ -86,6 +88,15 @@ def fingerprint(root: Path) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
+def cpu_torch(root: Path) -> str:
+    """The requirement for the CPU build of the torch that ``pyproject.toml`` pins."""
+    import tomllib  # not at the top: an older Python should get as far as being told that it is too old
+
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pin = next(pin for pin in project["optional-dependencies"]["cpu"] if pin.startswith("torch=="))
+    return f"{pin}+cpu"
+
+
 def is_current(stamp: Path, wanted: str) -> bool:
     """Whether a finished installation of what is wanted is there."""
     python = stamp.parent / "bin" / "python"
@@ -136,12 +147,12 @@ def _forget_half_installed(venv: Path) -> None:
 
 
 def _install_project(root: Path, python: Path, cpu_index: str, lock: int) -> None:
-    """Install with pip as the user configured it; failing that, with PyTorch's index of CPU builds beside it.
-
-    vLLM's CPU package asks for exactly the CPU build of torch, so pip cannot settle for another one unnoticed.
-    """
+    """Install with pip as the user configured it; failing that, with PyTorch's index of CPU builds beside it."""
     log = root / ".venv" / "slipstream-install.log"
-    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "-e", REQUIREMENT]
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    # vLLM's CPU package asks for this very build of torch. Naming it first makes pip fail at once where it has none,
+    # instead of after fetching a CUDA build of half a gigabyte.
+    command += [cpu_torch(root), "-e", REQUIREMENT]
     if _run_pip(command, root, log, lock):
         return
     print(f"setup: pip alone did not manage ({log}); trying once more with {cpu_index}", file=sys.stderr)

@@ -36,6 +36,7 @@ class ProgressBar:
         self._stream = stream or sys.stderr
         self._clock = clock
         self._started = clock()
+        self._first_fraction = 0.0
         self._shown_at = float("-inf")
         self._shown_fraction = -1.0
         self._open = False
@@ -54,6 +55,8 @@ class ProgressBar:
         """Show that ``fraction`` (0 to 1) of the work is done and ``stage`` is under way."""
         fraction = min(max(fraction, self._shown_fraction, 0.0), 1.0)
         now = self._clock()
+        if self._shown_fraction < 0:
+            self._started, self._first_fraction = now, fraction  # work that was resumed has no speed yet
         text = f"{self._label}: {fraction:4.0%} {stage}{self._time_left(fraction, now)}"
         if self._stream.isatty():
             if now - self._shown_at < _REDRAW_SECONDS and fraction < 1:
@@ -69,8 +72,8 @@ class ProgressBar:
         self._shown_at, self._shown_fraction = now, fraction
 
     def _time_left(self, fraction: float, now: float) -> str:
-        elapsed = now - self._started
-        if not 0.02 < fraction < 1 or elapsed < 1:
+        elapsed, done = now - self._started, fraction - self._first_fraction
+        if done < 0.02 or fraction == 1 or elapsed < 1:
             return ""
-        left = round(elapsed * (1 - fraction) / fraction)
+        left = round(elapsed * (1 - fraction) / done)
         return f", {left // 60}:{left % 60:02d} left"

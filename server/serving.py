@@ -7,8 +7,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +20,7 @@ from server.progress import ProgressBar
 from server.settings import Settings
 
 if TYPE_CHECKING:
+    import uvicorn
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from scheduler.counters import SpeculationHistory
@@ -48,8 +47,8 @@ def serve(settings: Settings) -> int:
     listener = bind(settings.server.host, settings.server.port)
     try:
         served = _prepare(settings)
-        with _interruptible():
-            return asyncio.run(_serve(served, listener))
+        with _StartupInterrupt() as startup:
+            return asyncio.run(_serve(served, listener, startup))
     finally:
         listener.close()
 
@@ -66,7 +65,7 @@ def _prepare(settings: Settings) -> Served:
     return Served(settings, model, settings.model.served_name or Path(settings.model.source).name, drafter)
 
 
-async def _serve(served: Served, listener: socket.socket) -> int:
+async def _serve(served: Served, listener: socket.socket, startup: "_StartupInterrupt") -> int:
     started = time.monotonic()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", _VLLM_LEVELS[served.settings.server.log_level])
     print("starting the engine …", file=sys.stderr, flush=True)
@@ -76,7 +75,11 @@ async def _serve(served: Served, listener: socket.socket) -> int:
     output = EngineOutput(show=served.settings.server.log_level == "debug")
     engine = _start_engine(served, history, output)
     try:
-        await _run_http(served, listener, engine, history, started, output)
+        http = await _http_server(served, engine, history)
+        output.pass_on()
+        startup.disarm()
+        print(_ready_block(served, time.monotonic() - started), file=sys.stderr, flush=True)
+        await http.serve(sockets=[listener])
     finally:
         engine.shutdown()
     return 0
@@ -117,14 +120,7 @@ def _engine_shape(served: Served) -> Any:
     )
 
 
-async def _run_http(
-    served: Served,
-    listener: socket.socket,
-    engine: "AsyncLLM",
-    history: "SpeculationHistory",
-    started: float,
-    output: EngineOutput,
-) -> None:
+async def _http_server(served: Served, engine: "AsyncLLM", history: "SpeculationHistory") -> "uvicorn.Server":
     import uvicorn
 
     from server.app import SpeculationSource, build
@@ -146,10 +142,7 @@ async def _run_http(
         log_config=None,
         timeout_graceful_shutdown=settings.server.shutdown_grace_seconds,
     )
-    http = uvicorn.Server(config)
-    output.pass_on()
-    print(_ready_block(served, time.monotonic() - started), file=sys.stderr, flush=True)
-    await http.serve(sockets=[listener])
+    return uvicorn.Server(config)
 
 
 def _ready_block(served: Served, seconds: float) -> str:
@@ -178,15 +171,26 @@ def _ready_block(served: Served, seconds: float) -> str:
     )
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Make SIGTERM end the start-up like Ctrl-C does; while requests are served, uvicorn handles both."""
+class _StartupInterrupt:
+    """Makes SIGTERM end the start-up like Ctrl-C does, until requests are served: then it is uvicorn's to handle.
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    uvicorn raises the signal again when it has shut down; by then there is nothing left to interrupt.
+    """
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    def __init__(self) -> None:
+        self._armed = True
+
+    def disarm(self) -> None:
+        """From now on the signal does nothing here."""
+        self._armed = False
+
+    def __enter__(self) -> "_StartupInterrupt":
+        self._previous = signal.signal(signal.SIGTERM, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def _interrupt(self, *_: object) -> None:
+        if self._armed:
+            raise KeyboardInterrupt

@@ -53,6 +53,10 @@ def test_a_project_that_moved_is_installed_again(tmp_path: Path) -> None:
     assert install.fingerprint(tmp_path / "here") != install.fingerprint(tmp_path / "there")
 
 
+def test_the_cpu_build_of_the_pinned_torch_is_asked_for() -> None:
+    assert install.cpu_torch(install.ROOT) == "torch==2.13.0+cpu"
+
+
 def test_it_needs_to_be_told_the_second_index() -> None:
     result = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
     assert result.returncode == 2

@@ -1,0 +1,101 @@
+"""A real ``slipstream serve`` as a child process, for tests that need the real engine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from bench.process import free_port
+
+MODEL = "smollm2-135m-instruct"
+_START_SECONDS = 240
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer of ``/v1/completions``: tokens, text, and per token the log-probabilities of the likeliest."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    top_logprobs: tuple[dict[str, float], ...]
+
+
+class EngineServer:
+    """Started on construction, ready after ``wait``; ``stop`` ends it and everything it started.
+
+    Args:
+        log: file that gets what the server prints.
+        flags: settings flags of ``slipstream serve``.
+    """
+
+    def __init__(self, log: Path, flags: Sequence[str]):
+        self.port = free_port()
+        self.log = log
+        command = [sys.executable, "-m", "server.cli", "serve", "--server.port", str(self.port), *flags]
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=300)
+
+    def wait(self) -> "EngineServer":
+        """Block until requests are answered."""
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.log.read_text()}")
+            try:
+                if self.client.get("/health").status_code == 200:
+                    return self
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+        raise TimeoutError(f"the server was not ready after {_START_SECONDS} s:\n{self.log.read_text()}")
+
+    def stop(self) -> int:
+        """SIGTERM, then SIGKILL for the whole session should that not be enough; returns the exit code."""
+        self.client.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait(10)
+        return self.process.returncode
+
+    def post(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
+        """POST JSON; the model's name is filled in."""
+        return self.client.post(path, json={"model": MODEL, **body})
+
+    def complete(self, prompt: str, **options: Any) -> Completion:
+        """One completion with token ids and the two likeliest tokens of every position."""
+        body = {"prompt": prompt, "temperature": 0, "max_tokens": 32, "return_token_ids": True, "logprobs": 2}
+        response = self.post("/v1/completions", {**body, **options})
+        response.raise_for_status()
+        choice = response.json()["choices"][0]
+        logprobs = choice["logprobs"]["top_logprobs"] if choice.get("logprobs") else []
+        return Completion(tuple(choice["token_ids"]), choice["text"], tuple(logprobs))
+
+    def complete_all(self, prompts: Sequence[str], concurrency: int, **options: Any) -> list[Completion]:
+        """Complete every prompt, ``concurrency`` at a time, in the order of ``prompts``."""
+        with ThreadPoolExecutor(concurrency) as pool:
+            return list(pool.map(lambda prompt: self.complete(prompt, **options), prompts))
+
+    def metric(self, name: str) -> float:
+        """Sum of a Prometheus metric over its labels."""
+        lines = self.client.get("/metrics").text.splitlines()
+        values = [line.rsplit(" ", 1)[1] for line in lines if line.startswith((f"{name}{{", f"{name} "))]
+        return sum(map(float, values))
+
+    def speculation(self) -> dict[str, Any]:
+        """``GET /v1/speculation``."""
+        report: dict[str, Any] = json.loads(self.client.get("/v1/speculation").text)
+        return report
