@@ -35,8 +35,9 @@ class Drafter:
 
     def head(self, target: TargetModel, dtype: torch.dtype = torch.float32) -> DraftHead:
         """The draft head over rows of the target's output head."""
-        rows = target.output_head if self.token_ids is None else target.output_head[self.token_ids]
-        return DraftHead(rows.to(dtype).contiguous(), self.token_ids, self.model.markov)
+        token_ids = None if self.token_ids is None else self.token_ids.to(target.output_head.device)
+        rows = target.output_head if token_ids is None else target.output_head[token_ids]
+        return DraftHead(rows.to(dtype).contiguous(), token_ids, self.model.markov)
 
 
 def load_drafter(folder: Path, dtype: torch.dtype = torch.float32) -> Drafter:

@@ -164,8 +164,9 @@ class BlockDrafter(nn.Module):
         Returns:
             ``[blocks, slots, hidden]``.
         """
-        mask = embedding[self.config.mask_token_id]
-        anchor = F.embedding(anchors, embedding)[:, None]
+        dtype = self.fc.weight.dtype
+        mask = embedding[self.config.mask_token_id].to(dtype)
+        anchor = F.embedding(anchors, embedding).to(dtype)[:, None]
         x = torch.cat([anchor, mask.expand(len(anchors), slots - 1, -1)], dim=1)
         if self.slot_embedding is not None:
             x = x + self.slot_embedding[:slots]

@@ -60,7 +60,8 @@ class BlockDiffusionProposer:
         self._embedding = target.embedding
         self._head: DraftHead = self._drafter.head(target)
         shape = (cache.num_pages, 2, cache.page_size, config.num_kv_heads, config.head_dim)
-        self._pages = [torch.zeros(shape) for _ in range(config.num_layers)]
+        self._model.to(cache.device)
+        self._pages = [torch.zeros(shape, device=cache.device) for _ in range(config.num_layers)]
 
     def page_tensors(self) -> list[torch.Tensor]:
         return self._pages
@@ -101,13 +102,14 @@ class BlockDiffusionProposer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         config = self._model.config
         slots = wanted + config.block_size - config.num_draft_tokens if config.causal else config.block_size
-        index = torch.tensor(rows)
+        device = features.device
+        index = torch.tensor(rows, device=device)
         context_lens = forward.context_lens[index]
         first_rows = forward.row_starts[index]
         last_rows = first_rows + context_lens - 1 - forward.positions[first_rows]
-        anchors = torch.tensor([forward.sampled[r][-1] for r in rows])
-        visible = torch.arange(1, slots + 1) if config.causal else torch.full((slots,), slots)
-        visible = visible.expand(len(rows), -1)
+        anchors = torch.tensor([forward.sampled[r][-1] for r in rows], device=device)
+        offsets = torch.arange(slots, device=device)
+        visible = (offsets + 1 if config.causal else torch.full_like(offsets, slots)).expand(len(rows), -1)
         block_table = forward.block_table[index]
 
         def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -115,5 +117,5 @@ class BlockDiffusionProposer:
             return block_attention(query, key, value, self._pages[layer], block_table, context_lens, visible, scale)
 
         inputs = self._model.block_inputs(anchors, features[last_rows], self._embedding, slots)
-        hidden = self._model(inputs, context_lens[:, None] + torch.arange(slots), attend)
+        hidden = self._model(inputs, context_lens[:, None] + offsets, attend)
         return self._head.walk(hidden[:, :wanted], anchors)

@@ -13,10 +13,11 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class PagedCacheSpec:
-    """Geometry of the KV pages that the drafter's cache shares with the target's full-attention group."""
+    """KV pages that the drafter's cache shares with the target's full-attention group, and where they live."""
 
     num_pages: int
     page_size: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,16 +9,16 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds, SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from drafter.types import PagedCacheSpec, TargetForward
 from scheduler.noise import request_seed
+from scheduler.vllm_platform import BaseModelRunner
 from scheduler.vllm_proposer import ProposerHost
 from scheduler.vllm_sampler import PositionKeyedSampler, StepKeys, use_position_keyed_sampling
 from scheduler.vllm_types import SurvivalDraftTokenIds
 
 
-class SlipstreamModelRunner(CPUModelRunner):
+class SlipstreamModelRunner(BaseModelRunner):
     """Runs the target, samples with position-keyed noise, and lets the proposer see every forward pass."""
 
     sampler: PositionKeyedSampler
@@ -45,7 +45,7 @@ class SlipstreamModelRunner(CPUModelRunner):
         self._group = full_attention_group(kv_cache_config)
         table = self.input_batch.block_table[self._group]
         pages_per_block = kv_cache_config.kv_cache_groups[self._group].kv_cache_spec.block_size // table.block_size
-        spec = PagedCacheSpec(kv_cache_config.num_blocks * pages_per_block, table.block_size)
+        spec = PagedCacheSpec(kv_cache_config.num_blocks * pages_per_block, table.block_size, self.device)
         self._host.proposer.attach(self._host.target(), spec)
         # vLLM copies pages of every tensor in this list when it splits a shared page, ours included.
         self.kv_caches.extend(self._host.proposer.page_tensors())
@@ -70,8 +70,8 @@ class SlipstreamModelRunner(CPUModelRunner):
         if not batch.sampling_metadata.all_greedy:
             num_reqs = batch.num_reqs
             self.sampler.keys = StepKeys(
-                torch.tensor([self._seeds[r] for r in batch.req_ids[:num_reqs]]),
-                torch.from_numpy(batch.num_tokens_no_spec[:num_reqs].astype(np.int64)),
+                torch.tensor([self._seeds[r] for r in batch.req_ids[:num_reqs]], device=self.device),
+                torch.from_numpy(batch.num_tokens_no_spec[:num_reqs].astype(np.int64)).to(self.device),
                 list(spec_decode_metadata.num_draft_tokens) if spec_decode_metadata else [0] * num_reqs,
             )
         return super()._sample(logits, spec_decode_metadata)
@@ -123,13 +123,13 @@ class SlipstreamModelRunner(CPUModelRunner):
         finished, self._finished = self._finished, []
         return TargetForward(
             request_ids=request_ids,
-            row_starts=torch.from_numpy(np.concatenate([[0], lengths.cumsum()])),
+            row_starts=torch.from_numpy(np.concatenate([[0], lengths.cumsum()])).to(self.device),
             token_ids=self.input_ids.gpu[:total].long(),
             positions=self.positions[:total],
             slot_mapping=table.slot_mapping.gpu[:total],
             block_table=table.get_device_tensor(num_reqs),
             hidden_states=[h[:total] for h in hidden_states],
-            context_lens=torch.from_numpy(context_lens.astype(np.int64)),
+            context_lens=torch.from_numpy(context_lens.astype(np.int64)).to(self.device),
             sampled=sampled,
             draft_limits=self._draft_limits(request_ids, context_lens),
             finished=finished,

@@ -39,12 +39,12 @@ class StepKeys:
 
     def last_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Seeds and positions of the rows behind all drafts: the only rows of a plain step."""
-        return self.seeds, self.positions + torch.tensor(self.drafts)
+        return self.seeds, self.positions + torch.tensor(self.drafts, device=self.seeds.device)
 
     def draft_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Seeds and positions of the rows that check the drafts, request by request."""
-        counts = torch.tensor(self.drafts)
-        offsets = torch.cat([torch.arange(n) for n in self.drafts]) if self.drafts else counts
+        counts = torch.tensor(self.drafts, device=self.seeds.device)
+        offsets = torch.cat([torch.arange(n, device=self.seeds.device) for n in self.drafts])
         return self.seeds.repeat_interleave(counts), self.positions.repeat_interleave(counts) + offsets
 
 
@@ -137,7 +137,7 @@ class PositionKeyedRejectionSampler(RejectionSampler):
         if sampling_metadata.all_greedy:
             return greedy, logits
         assert self.sampler.keys is not None and sampling_metadata.temperature is not None
-        counts = torch.tensor(num_draft_tokens)
+        counts = torch.tensor(num_draft_tokens, device=logits.device)
 
         def by_row(per_request: torch.Tensor | None) -> torch.Tensor | None:
             return None if per_request is None else per_request.repeat_interleave(counts)
@@ -191,7 +191,7 @@ def accept_equal(
         )
         output[r, : len(emitted)] = torch.tensor(emitted, dtype=torch.int32)
         start += count
-    return output
+    return output.to(draft_token_ids.device)
 
 
 def use_position_keyed_sampling(runner: "SlipstreamModelRunner") -> None:

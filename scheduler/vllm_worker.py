@@ -1,23 +1,21 @@
-"""vLLM's CPU worker with the Slipstream runner inside, and the proposer's pages in its memory budget."""
+"""vLLM's worker with the Slipstream runner inside, and the proposer's pages in its memory budget."""
 
 from collections.abc import Mapping
 from typing import Any, cast
 from unittest import mock
 
-import vllm.v1.worker.cpu_worker as cpu_worker
-from vllm.v1.worker.cpu_worker import CPUWorker
-
+from scheduler.vllm_platform import BaseWorker, runner_module, runner_name
 from scheduler.vllm_runner import SlipstreamModelRunner
 
 
-class SlipstreamWorker(CPUWorker):
+class SlipstreamWorker(BaseWorker):
     """Named in ``worker_cls``; lives in the worker process."""
 
     model_runner: SlipstreamModelRunner
 
     def init_device(self) -> None:
         """Let vLLM set the device up with our runner in the place of its own, which it names directly."""
-        with mock.patch.object(cpu_worker, "CPUModelRunner", SlipstreamModelRunner):
+        with mock.patch.object(runner_module, runner_name, SlipstreamModelRunner):
             super().init_device()
 
     def determine_available_memory(self) -> int:

@@ -77,7 +77,7 @@ async def _serve(served: Served, listener: socket.socket, startup: "_StartupInte
     try:
         http = await _http_server(served, engine, history)
         output.pass_on()
-        startup.disarm()
+        startup.hand_over(http)
         print(_ready_block(served, time.monotonic() - started), file=sys.stderr, flush=True)
         await http.serve(sockets=[listener])
     finally:
@@ -178,11 +178,11 @@ class _StartupInterrupt:
     """
 
     def __init__(self) -> None:
-        self._armed = True
+        self._http: uvicorn.Server | None = None
 
-    def disarm(self) -> None:
-        """From now on the signal does nothing here."""
-        self._armed = False
+    def hand_over(self, http: "uvicorn.Server") -> None:
+        """From now on the signal asks ``http`` to exit, as uvicorn's own handler will."""
+        self._http = http
 
     def __enter__(self) -> "_StartupInterrupt":
         self._previous = signal.signal(signal.SIGTERM, self._interrupt)
@@ -192,5 +192,6 @@ class _StartupInterrupt:
         signal.signal(signal.SIGTERM, self._previous)
 
     def _interrupt(self, *_: object) -> None:
-        if self._armed:
+        if self._http is None:
             raise KeyboardInterrupt
+        self._http.should_exit = True

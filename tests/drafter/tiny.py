@@ -107,7 +107,12 @@ def write_target(folder: Path, tied: bool = False, qk_norm: bool = False, seed: 
         if qk_norm:
             layer |= {"self_attn.q_norm": (HEAD_DIM,), "self_attn.k_norm": (HEAD_DIM,)}
         shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-    tensors = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    for name, tensor in tensors.items():
+        if tensor.dim() == 1:
+            tensors[name] = 1 + 0.2 * tensor
+        elif name.startswith("model.layers."):
+            tensors[name] = 0.25 * tensor
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     config = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "vocab_size": VOCAB, "tie_word_embeddings": tied}

@@ -106,13 +106,14 @@ def test_requests_in_flight_at_the_target_are_finished(tmp_path: Path) -> None:
 
 
 def test_a_second_run_asks_only_for_what_is_missing(tmp_path: Path) -> None:
-    first, second, third = (FakeEngine(tmp_path) for _ in range(3))
+    first = FakeEngine(tmp_path)
     run(first, options(tmp_path, target_tokens=50, concurrency=1))
-    second._writer = ShardWriter(tmp_path)
+    second = FakeEngine(tmp_path)
     assert run(second, options(tmp_path))[0] == 70
     whole = FakeEngine(tmp_path / "whole")
     run(whole, options(tmp_path / "whole"))
     assert first.asked + second.asked == whole.asked
+    third = FakeEngine(tmp_path)
     assert run(third, options(tmp_path)) == (0, []) and third.asked == []
 
 

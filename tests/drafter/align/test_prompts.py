@@ -19,9 +19,9 @@ def test_a_file_is_one_object_a_line(tmp_path: Path) -> None:
 
 
 def test_blank_lines_and_other_keys_are_skipped(tmp_path: Path) -> None:
-    text = '\n{"category": "a", "prompt": "x", "id": 7}\n   \n\n{"prompt": " y ", "category": ""}\n'
+    text = '\n{"category": "a", "prompt": "x", "id": 7}\n   \n\n{"prompt": " y ", "category": "b"}\n'
     (tmp_path / "p.jsonl").write_text(text, encoding="utf-8")
-    assert read_prompts(tmp_path / "p.jsonl") == [Prompt("a", "x"), Prompt("", " y ")]
+    assert read_prompts(tmp_path / "p.jsonl") == [Prompt("a", "x"), Prompt("b", " y ")]
 
 
 def test_a_line_separator_inside_a_prompt_does_not_end_the_line(tmp_path: Path) -> None:
@@ -30,7 +30,9 @@ def test_a_line_separator_inside_a_prompt_does_not_end_the_line(tmp_path: Path) 
     assert read_prompts(tmp_path / "p.jsonl") == prompts
 
 
-@pytest.mark.parametrize("line", ['{"category": "a"}', '{"prompt": "x"}', "[]", "7", '"text"', '{"category": "a", ', "null"])
+@pytest.mark.parametrize(
+    "line", ['{"category": "a"}', '{"prompt": "x"}', "[]", "7", '"text"', '{"category": "a", ', "null"]
+)
 def test_a_line_of_another_kind_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text(f'{{"category": "a", "prompt": "x"}}\n\n{line}\n', encoding="utf-8")
@@ -45,6 +47,7 @@ def test_a_line_of_another_kind_is_named(tmp_path: Path, line: str) -> None:
         '{"category": 1, "prompt": "x"}',
         '{"category": "a", "prompt": ["x"]}',
         '{"category": "a", "prompt": "  "}',
+        '{"category": "", "prompt": "x"}',
         '{"category": "a/b", "prompt": "x"}',
     ],
 )

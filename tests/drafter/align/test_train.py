@@ -1,0 +1,265 @@
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from drafter.align.batches import make_batch, run_blocks
+from drafter.align.corpus import Answer, AnswerId, Corpus, ShardWriter
+from drafter.align.initial import TargetWeights, read_target
+from drafter.align.train import StepReport, Trainer, TrainOptions, is_held_out, read_history
+from drafter.checkpoint import Drafter, load_drafter
+from drafter.config import DrafterConfig
+from drafter.proposer import BlockDiffusionProposer
+from tests.drafter.simulated_engine import SimulatedEngine, Work
+from tests.drafter.tiny import HIDDEN, LAYERS, VOCAB, dflash_config, random_drafter, shift_config, write_target
+
+OPTIONS = TrainOptions(
+    steps=8,
+    answers_per_step=2,
+    anchors_per_answer=3,
+    learning_rate=1e-2,
+    copied_layers=(2, 3),
+    evaluate_every=4,
+    save_every=3,
+)
+CONFIG = shift_config()
+TOKEN_IDS = torch.arange(24)
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> TargetWeights:
+    write_target(tmp_path / "target")
+    return read_target(tmp_path / "target")
+
+
+def write_corpus(folder: Path, target: TargetWeights, answers: int = 8) -> Corpus:
+    """Answers that count upwards, with hidden states from which the target predicts just that."""
+    writer, generator = ShardWriter(folder), torch.Generator().manual_seed(4)
+    for index in range(answers):
+        tokens = (torch.arange(14) + 3 * index) % 20
+        states = {layer: 0.1 * torch.randn(14, HIDDEN, generator=generator) for layer in (1, 3, LAYERS)}
+        states[1] += target.embedding[tokens]
+        states[LAYERS][:-1] = target.output_head[tokens[1:]] / target.final_norm
+        hidden = {layer: state.half() for layer, state in states.items()}
+        # Index 0 is held out from training.
+        writer.add(Answer(AnswerId("chat", index, 0.0), 3, tokens, hidden))
+    writer.flush()
+    return Corpus(folder, (1, 3, LAYERS))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, target: TargetWeights) -> Corpus:
+    return write_corpus(tmp_path / "corpus", target)
+
+
+@pytest.fixture
+def train(target: TargetWeights, corpus: Corpus, tmp_path: Path) -> Callable[..., Trainer]:
+    """Makes a trainer whose run folder is ``name``."""
+
+    def make(name: str = "run", config: DrafterConfig = CONFIG, **changes: Any) -> Trainer:
+        token_ids = None if config.draft_vocab_size == VOCAB else TOKEN_IDS
+        return Trainer(tmp_path / name, corpus, target, config, token_ids, replace(OPTIONS, **changes))
+
+    return make
+
+
+def interrupt_at(step: int) -> Callable[[StepReport], None]:
+    def watch(report: StepReport) -> None:
+        if report.step == step:
+            raise KeyboardInterrupt
+
+    return watch
+
+
+def without_seconds(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in history]
+
+
+@pytest.mark.parametrize("config", [CONFIG, dflash_config(qk_norm=False)], ids=["shift", "dflash"])
+def test_the_loss_falls_and_drafts_get_accepted(train: Callable[..., Trainer], config: DrafterConfig) -> None:
+    trainer, reports = train(config=config, steps=24, evaluate_every=24, save_every=24), list[StepReport]()
+    before = trainer.evaluate()
+    trainer.run(reports.append)
+    assert [report.step for report in reports] == list(range(1, 25))
+    first, last = (sum(r.loss for r in part) / 5 for part in (reports[:5], reports[-5:]))
+    assert last < 0.7 * first
+    after = reports[-1].report
+    assert after is not None
+    assert after.emitted_per_step("chat") > before.emitted_per_step("chat") + 0.3
+
+
+def test_half_the_precision_trains_too(train: Callable[..., Trainer]) -> None:
+    losses: list[float] = []
+    trainer = train(precision="bfloat16", steps=3)
+    trainer.run(lambda report: losses.append(report.loss))
+    assert all(math.isfinite(loss) for loss in losses)
+    assert {p.dtype for p in trainer.drafter.model.parameters()} == {torch.float32}
+
+
+def test_steps_that_evaluate_carry_a_report(train: Callable[..., Trainer], tmp_path: Path) -> None:
+    reports: list[StepReport] = []
+    train().run(reports.append)
+    assert [report.step for report in reports if report.report is not None] == [4, 8]
+    assert {report.steps for report in reports} == {8}
+    history = read_history(tmp_path / "run" / "history.jsonl")
+    for entry, report in zip(history, (reports[3], reports[7]), strict=True):
+        assert report.report is not None
+        assert entry == {
+            "step": report.step,
+            "seconds": round(report.seconds, 1),
+            "loss": round(report.loss, 4),
+            "emitted_per_verify_step": report.report.summary(),
+        }
+
+
+@pytest.mark.parametrize("interruptions", [[3], [1, 5, 7]])
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(
+    train: Callable[..., Trainer], tmp_path: Path, interruptions: list[int]
+) -> None:
+    train("whole").run(lambda report: None)
+    for step in interruptions:
+        with pytest.raises(KeyboardInterrupt):
+            train("parts").run(interrupt_at(step))
+    resumed, seen = train("parts"), list[int]()
+    saved = interruptions[-1] // 3 * 3
+    assert resumed.step == saved
+    resumed.run(lambda report: seen.append(report.step))
+    assert seen == list(range(saved + 1, 9))
+    for file in ("model.safetensors", "slipstream.safetensors", "config.json"):
+        whole, parts = (tmp_path / name / "checkpoint" / file for name in ("whole", "parts"))
+        assert whole.read_bytes() == parts.read_bytes(), file
+    whole, parts = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts"))
+    assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+    assert whole["optimizer"]["param_groups"] == parts["optimizer"]["param_groups"]
+    histories = [read_history(tmp_path / name / "history.jsonl") for name in ("whole", "parts")]
+    assert without_seconds(histories[0]) == without_seconds(histories[1])
+
+
+def test_a_run_interrupted_before_its_first_state_starts_its_history_anew(
+    train: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(evaluate_every=1).run(interrupt_at(2))
+    train(evaluate_every=1).run(lambda report: None)
+    assert [entry["step"] for entry in read_history(tmp_path / "run" / "history.jsonl")] == list(range(1, 9))
+
+
+def test_a_finished_run_has_nothing_left_to_do(train: Callable[..., Trainer], tmp_path: Path) -> None:
+    train().run(lambda report: None)
+    before = (tmp_path / "run" / "checkpoint" / "model.safetensors").read_bytes()
+    train().run(interrupt_at(1))
+    assert (tmp_path / "run" / "checkpoint" / "model.safetensors").read_bytes() == before
+
+
+def test_the_time_of_earlier_parts_counts(train: Callable[..., Trainer]) -> None:
+    reports: list[StepReport] = []
+    with pytest.raises(KeyboardInterrupt):
+        train().run(lambda report: (reports.append(report), interrupt_at(6)(report))[1])
+    train().run(reports.append)
+    assert reports[6].step == 7 and reports[6].seconds > reports[5].seconds
+
+
+def test_an_interrupted_save_keeps_the_state_before(
+    train: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train().run(interrupt_at(4))
+
+    def cut_off(state: object, path: Path) -> None:
+        del state
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            train().run(lambda report: None)
+    assert train().step == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"steps": 9}, {"learning_rate": 1e-3}, {"seed": 1}, {"copied_layers": (1, 3)}, {"precision": "bfloat16"}],
+)
+def test_a_state_of_other_options_is_refused(
+    train: Callable[..., Trainer], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    train(steps=3, evaluate_every=3).run(lambda report: None)
+    with pytest.raises(ValueError, match=f"{tmp_path / 'run' / 'state.pt'} was trained with other options"):
+        train(**{"steps": 3, "evaluate_every": 3, **changes})
+
+
+def test_a_state_of_another_drafter_is_refused(train: Callable[..., Trainer]) -> None:
+    train(steps=3, evaluate_every=3).run(lambda report: None)
+    with pytest.raises(ValueError, match="was trained with other options"):
+        train(config=shift_config(causal=False), steps=3, evaluate_every=3)
+
+
+@pytest.mark.timeout(10)
+def test_a_corpus_smaller_than_one_step_is_refused(train: Callable[..., Trainer]) -> None:
+    with pytest.raises(ValueError, match="7 answers.* 8"):
+        train(answers_per_step=8).run(lambda report: None)
+
+
+def test_different_seeds_train_different_drafters(train: Callable[..., Trainer]) -> None:
+    weights = []
+    for seed in (0, 1):
+        trainer = train(f"run-{seed}", steps=1, seed=seed)
+        trainer.run(lambda report: None)
+        weights.append(trainer.drafter.model.state_dict()["layers.0.qkv_proj.weight"])
+    assert not torch.equal(*weights)
+
+
+def test_the_checkpoint_is_the_trained_drafter(train: Callable[..., Trainer], tmp_path: Path) -> None:
+    trainer = train()
+    trainer.run(lambda report: None)
+    loaded: Drafter = load_drafter(tmp_path / "run" / "checkpoint")
+    assert loaded.model.config == CONFIG
+    assert loaded.token_ids is not None and torch.equal(loaded.token_ids, TOKEN_IDS)
+    trained = trainer.drafter.model.state_dict()
+    for name, tensor in loaded.model.state_dict().items():
+        assert torch.equal(tensor, trained[name].half().float()), name
+
+
+def test_held_out_answers_are_never_trained_on(
+    train: Callable[..., Trainer], corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, read = train(steps=6, evaluate_every=100), list[int]()
+    original = Corpus.read
+    monkeypatch.setattr(Corpus, "read", lambda self, index: (read.append(index), original(self, index))[1])
+    trainer.run(lambda report: None)
+    held_out = [i for i, answer in enumerate(corpus.ids) if is_held_out(answer.prompt_index)]
+    assert held_out == [0] and read[12:] == [0]  # the evaluation that ends the run
+    assert 0 not in read[:12]
+    # An epoch has three steps of two different answers.
+    assert len(set(read[:6])) == len(set(read[6:12])) == 6
+
+
+def test_one_prompt_in_forty_is_held_out() -> None:
+    assert [index for index in range(121) if is_held_out(index)] == [0, 40, 80, 120]
+
+
+def test_the_history_of_no_run_is_empty(tmp_path: Path) -> None:
+    assert read_history(tmp_path / "history.jsonl") == []
+
+
+@pytest.mark.parametrize("config", [CONFIG, dflash_config(), dflash_config(causal=True)], ids=str)
+@torch.inference_mode()
+def test_training_and_serving_compute_the_same_hidden_states(config: DrafterConfig) -> None:
+    drafter = random_drafter(config)
+    engine = SimulatedEngine(BlockDiffusionProposer(drafter, config.num_draft_tokens, "d"), num_pages=40)
+    tokens = [(7 * i) % VOCAB for i in range(14)]
+    hidden = {i: states.half() for i, states in engine.hidden_states(tokens).items()}
+    answer, anchors = Answer(AnswerId("chat", 1, 0.0), 4, torch.tensor(tokens), hidden), [4, 7, 8, 12]
+    batch = make_batch([answer], [torch.tensor(anchors)], config)
+    trained = run_blocks(drafter.model, batch, engine.target.embedding)
+    served: list[torch.Tensor] = []
+    drafter.model.register_forward_hook(lambda module, inputs, output: served.append(output))
+    for anchor in anchors:
+        engine.add(str(anchor), tokens[:anchor])
+    engine.step({str(anchor): Work(emitted=[tokens[anchor]]) for anchor in anchors})
+    torch.testing.assert_close(served[0], trained, rtol=1e-4, atol=1e-5)

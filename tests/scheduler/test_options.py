@@ -1,0 +1,37 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from scheduler.options import ADDITIONAL_CONFIG_KEY, DrafterOptions, EngineOptions, RecorderOptions
+
+DRAFTER = DrafterOptions(Path("/drafters/d"), max_draft_tokens=5, survival_floor=0.25)
+RECORDER = RecorderOptions(Path("/corpus"), layers=(2, 11, 30))
+
+
+@pytest.mark.parametrize(
+    "options", [EngineOptions(), EngineOptions(drafter=DRAFTER), EngineOptions(recorder=RECORDER)], ids=str
+)
+def test_options_survive_the_way_to_another_process(options: EngineOptions) -> None:
+    travelled = json.loads(json.dumps(options.to_additional_config()))
+    assert EngineOptions.from_additional_config(travelled) == options
+
+
+def test_the_options_lie_under_a_key_of_their_own() -> None:
+    config = EngineOptions(drafter=DRAFTER).to_additional_config()
+    assert config == {
+        "slipstream": {
+            "drafter": {"checkpoint": "/drafters/d", "max_draft_tokens": 5, "survival_floor": 0.25},
+            "recorder": None,
+        }
+    }
+    assert list(config) == [ADDITIONAL_CONFIG_KEY]
+
+
+def test_what_others_put_beside_them_is_left_alone() -> None:
+    config = {"other": {"drafter": 1}, **EngineOptions(recorder=RECORDER).to_additional_config()}
+    assert EngineOptions.from_additional_config(config) == EngineOptions(recorder=RECORDER)
+
+
+def test_no_options_mean_plain_decoding() -> None:
+    assert EngineOptions.from_additional_config({}) == EngineOptions(drafter=None, recorder=None)
