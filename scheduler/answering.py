@@ -33,13 +33,18 @@ class RecordingEngine:
         return written
 
     async def answer(self, request_id: str, prompt: str, temperature: float, max_tokens: int) -> int:
-        """Answer ``prompt`` as the only user turn of a chat; returns the number of tokens written."""
+        """Answer ``prompt`` as the only user turn of a chat; returns the number of tokens written.
+
+        A prompt that leaves no room for an answer of ``max_tokens`` is passed over.
+        """
         token_ids = cast(
             list[int],
             self._tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
             ),
         )
+        if len(token_ids) + max_tokens > self._engine.model_config.max_model_len:
+            return 0
         params = SamplingParams(
             temperature=temperature, max_tokens=max_tokens, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )

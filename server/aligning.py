@@ -13,11 +13,12 @@ from drafter.align.prompts import Prompt, read_prompts, write_prompts
 from server.errors import InputError, ServerStartError
 from server.flags import settings_of
 from server.model_store import resolve_model
+from server.preflight import kv_bytes_per_token, read_target_config
 from server.progress import ProgressBar
 from server.settings import Settings
 
-_KV_GIB = 3.0  # 64 answers of full length and their prompts
-_MAX_LEN = 1024
+_MAX_LEN = 1024  # longest prompt and answer together, tokens
+_TYPICAL_PROMPT = 256  # tokens; memory for this and a whole answer is kept for every request in flight
 _LAYERS_READ = 5
 
 
@@ -63,7 +64,7 @@ async def _collect(args: argparse.Namespace, settings: Settings, model: Path) ->
         max_model_len=_MAX_LEN,
         max_num_seqs=args.concurrency,
         max_num_batched_tokens=_MAX_LEN,
-        kv_cache_bytes=int(_KV_GIB * 2**30),
+        kv_cache_bytes=_kv_cache_bytes(args, settings, model),
         enable_prefix_caching=False,
         seed=args.seed,
     )
@@ -169,7 +170,7 @@ def _own_prompts_file(args: argparse.Namespace) -> Path:
 
 
 def _hidden_state_layers(args: argparse.Namespace, model: Path) -> tuple[int, ...]:
-    from drafter.align.initial import read_target_config, spread_layer_ids
+    from drafter.align.initial import spread_layer_ids
 
     total = read_target_config(model)["num_hidden_layers"]
     chosen = tuple(sorted(args.target_layers or spread_layer_ids(total, _LAYERS_READ)))
@@ -179,6 +180,12 @@ def _hidden_state_layers(args: argparse.Namespace, model: Path) -> tuple[int, ..
             "them: the target's own distribution is computed from it"
         )
     return tuple(layer + 1 for layer in chosen)
+
+
+def _kv_cache_bytes(args: argparse.Namespace, settings: Settings, model: Path) -> int:
+    """Pages for all requests in flight at their usual length, and at least for one of the greatest."""
+    tokens = max(args.concurrency * (_TYPICAL_PROMPT + args.max_answer), 2 * _MAX_LEN)
+    return int(tokens * kv_bytes_per_token(settings.model.dtype, read_target_config(model), None))
 
 
 def _recorded_tokens(folder: Path) -> int:

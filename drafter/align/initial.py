@@ -51,15 +51,9 @@ def read_tensor(folder: Path, name: str) -> torch.Tensor:
     raise KeyError(f"{folder} holds no tensor {name}")
 
 
-def read_target_config(folder: Path) -> dict[str, Any]:
-    """Content of the target's ``config.json``."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config
-
-
 def read_target(folder: Path) -> TargetWeights:
     """Read the shared parts of a Llama-style target."""
-    config = read_target_config(folder)
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     embedding = read_tensor(folder, "model.embed_tokens.weight")
     head = embedding if config.get("tie_word_embeddings") else read_tensor(folder, "lm_head.weight")
     return TargetWeights(folder, embedding, head, read_tensor(folder, "model.norm.weight"), config)

@@ -12,7 +12,11 @@ from scheduler.noise import sample_rows
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's imports warn of their own accord
-    from scheduler.vllm_sampler import StepKeys, accept_equal
+    from vllm.v1.sample.logits_processor import LogitsProcessors
+    from vllm.v1.sample.metadata import SamplingMetadata
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+    from scheduler.vllm_sampler import PositionKeyedRejectionSampler, PositionKeyedSampler, StepKeys, accept_equal
 
 VOCAB = 6
 INT64 = st.integers(-(1 << 63), (1 << 63) - 1)
@@ -177,3 +181,71 @@ def test_different_seeds_write_different_texts() -> None:
     first, second = Request(5, [1, 2]), Request(5, [1, 2])
     second.seed = 6
     assert first.plain(30) != second.plain(30)
+
+
+SEEDS, POSITIONS = [3, -4, 5, 6], [17, 40, 0, 9]
+
+
+def metadata_of(temperatures: list[float], rows: list[int], logprobs: int | None) -> SamplingMetadata:
+    """What the runner passes for the requests ``rows``; each has a top-k and a top-p of its own."""
+    temperature = torch.tensor([temperatures[r] for r in rows])
+    top_k, top_p = torch.tensor([VOCAB, 3, 4, 2])[rows], torch.tensor([0.9, 1.0, 0.8, 1.0])[rows]
+    return SamplingMetadata(
+        temperature=None if not bool(temperature.any()) else temperature,
+        all_greedy=not bool(temperature.any()),
+        all_random=bool(temperature.all()),
+        top_p=top_p,
+        top_k=top_k,
+        generators={},
+        max_num_logprobs=logprobs,
+        no_penalties=True,
+        prompt_token_ids=None,
+        frequency_penalties=torch.zeros(len(rows)),
+        presence_penalties=torch.zeros(len(rows)),
+        repetition_penalties=torch.ones(len(rows)),
+        output_token_ids=[[] for _ in rows],
+        allowed_token_ids_mask=None,
+        bad_words_token_ids={},
+        logitsprocs=LogitsProcessors(),
+    )
+
+
+@torch.compiler.set_stance("force_eager")  # vLLM compiles its ranking of log-probabilities, which takes seconds
+@pytest.mark.parametrize("logprobs", [None, 2])
+@pytest.mark.parametrize(
+    "temperatures", [[0.0] * 4, [0.7, 1.3, 1.0, 0.2], [0.0, 1.3, 0.7, 0.0]], ids=["greedy", "random", "mixed"]
+)
+def test_a_verify_step_samples_each_row_as_a_plain_step_would(temperatures: list[float], logprobs: int | None) -> None:
+    counts = [2, 0, 3, 1]
+    rows = torch.randn(sum(counts) + 4, VOCAB, generator=torch.Generator().manual_seed(8))
+    sampler = PositionKeyedSampler()
+    samples: list[list[int]] = []
+    plain_logprobs: list[list[float]] = []
+    starts = [sum(counts[:r]) + r for r in range(4)]
+    for r, count in enumerate(counts):
+        samples.append([])
+        for k in range(count + 1):
+            sampler.keys = StepKeys(torch.tensor([SEEDS[r]]), torch.tensor([POSITIONS[r] + k]), [0])
+            output = sampler(rows[starts[r] + k][None].clone(), metadata_of(temperatures, [r], logprobs))
+            samples[-1].append(int(output.sampled_token_ids))
+            plain_logprobs.append(output.logprobs_tensors.logprobs[0].tolist() if logprobs else [])
+    # Two requests draft right, one wrong in the second place, one not at all.
+    drafts = [sample[:-1] for sample in samples]
+    drafts[2][1] = (drafts[2][1] + 1) % VOCAB
+    metadata = SpecDecodeMetadata.make_dummy(drafts, torch.device("cpu"))
+    metadata.bonus_logits_indices = torch.tensor([start + count for start, count in zip(starts, counts, strict=True)])
+    checked = [start + k for start, count in zip(starts, counts, strict=True) for k in range(count)]
+    metadata.target_logits_indices = torch.tensor(checked)
+    sampler.keys = StepKeys(torch.tensor(SEEDS), torch.tensor(POSITIONS), counts)
+    verify = PositionKeyedRejectionSampler(sampler)
+    output = verify(metadata, None, rows.clone(), metadata_of(temperatures, [0, 1, 2, 3], logprobs))
+    expected = naive_accept(drafts, [sample[:-1] for sample in samples], [sample[-1] for sample in samples], 3)
+    assert output.sampled_token_ids.tolist() == expected
+    assert [sum(token >= 0 for token in row) for row in expected] == [3, 1, 2, 2]
+    if logprobs is None:
+        assert output.logprobs_tensors is None
+        return
+    given = output.logprobs_tensors.logprobs.view(4, 4, -1)
+    for r, row in enumerate(expected):
+        for k in range(sum(token >= 0 for token in row)):
+            assert given[r, k].tolist() == pytest.approx(plain_logprobs[starts[r] + k], abs=1e-5)
