@@ -19,6 +19,7 @@ from drafter.config import DrafterConfig, read_config
 from drafter.errors import DrafterCheckpointError
 from drafter.head import DraftHead
 from drafter.model import BlockDrafter
+from drafter.packed import PackedLinear, pack_for_serving
 from drafter.types import TargetModel, TargetShape
 
 _DFLASH_FILE = "model.safetensors"
@@ -33,11 +34,14 @@ class Drafter:
     model: BlockDrafter
     token_ids: torch.Tensor | None
 
-    def head(self, target: TargetModel, dtype: torch.dtype = torch.float32) -> DraftHead:
-        """The draft head over rows of the target's output head."""
+    def pack(self, target: TargetModel) -> DraftHead:
+        """Pack the model's weights for serving and return the draft head over rows of the target's output head."""
         token_ids = None if self.token_ids is None else self.token_ids.to(target.output_head.device)
         rows = target.output_head if token_ids is None else target.output_head[token_ids]
-        return DraftHead(rows.to(dtype).contiguous(), token_ids, self.model.markov)
+        weight = rows.to(torch.float32).contiguous()
+        self.model.to(weight.device)
+        pack_for_serving(self.model)
+        return DraftHead(weight, token_ids, self.model.markov, PackedLinear(weight))
 
 
 def load_drafter(folder: Path, dtype: torch.dtype = torch.float32) -> Drafter:

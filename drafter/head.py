@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from drafter.model import MarkovHead
+from drafter.packed import PackedLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +17,13 @@ class DraftHead:
         weight: ``[draft_vocab, hidden]`` rows of the target's output head.
         token_ids: ``[draft_vocab]`` int64 target ids of those rows, or ``None`` when all rows are kept.
         markov: corrects a slot by the token before it, or ``None``.
+        packed: ``weight`` packed for serving, or ``None``.
     """
 
     weight: torch.Tensor
     token_ids: torch.Tensor | None
     markov: MarkovHead | None
+    packed: PackedLinear | None = None
 
     def walk(self, hidden: torch.Tensor, anchors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pick the most likely token of every slot from left to right.
@@ -33,7 +36,7 @@ class DraftHead:
             Token ids and survival estimates, both ``[blocks, slots]``. The survival of a slot is the product of the
             probabilities of the tokens picked up to it, so it never depends on a later slot.
         """
-        logits = F.linear(hidden, self.weight)
+        logits = F.linear(hidden, self.weight) if self.packed is None else self.packed(hidden)
         previous, tokens, survival = anchors, [], []
         reached = torch.ones(len(anchors), dtype=logits.dtype, device=logits.device)
         for slot in range(logits.shape[1]):

@@ -75,6 +75,7 @@ class DrafterLayer(nn.Module):
         self.o_proj = nn.Linear(self.q_size, hidden, bias=False)
         self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=False)
         self.down_proj = nn.Linear(inner, hidden, bias=False)
+        self.context_proj: nn.Module | None = None  # the K/V rows of qkv_proj, when they are packed for serving
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
@@ -82,7 +83,10 @@ class DrafterLayer(nn.Module):
         self, features: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values ``[tokens, kv_heads, head_dim]`` of context features ``[tokens, hidden]``."""
-        kv = F.linear(features, self.qkv_proj.weight[self.q_size :])
+        if self.context_proj is not None:
+            kv = self.context_proj(features)
+        else:
+            kv = F.linear(features, self.qkv_proj.weight[self.q_size :])
         key, value = kv.view(*kv.shape[:-1], 2 * self.kv_heads, self.head_dim).chunk(2, dim=-2)
         return rotate(self.k_norm(key) if self.k_norm else key, factors), value
 

@@ -58,9 +58,8 @@ class BlockDiffusionProposer:
         config = self._model.config
         check_fits(config, target.shape, self._source)
         self._embedding = target.embedding
-        self._head: DraftHead = self._drafter.head(target)
+        self._head: DraftHead = self._drafter.pack(target)
         shape = (cache.num_pages, 2, cache.page_size, config.num_kv_heads, config.head_dim)
-        self._model.to(cache.device)
         self._pages = [torch.zeros(shape, device=cache.device) for _ in range(config.num_layers)]
 
     def page_tensors(self) -> list[torch.Tensor]:

@@ -1,6 +1,5 @@
 """vLLM's model runner, extended to hand every target forward pass to a proposer."""
 
-import time
 from typing import Any, cast
 
 import numpy as np
@@ -32,7 +31,6 @@ class SlipstreamModelRunner(BaseModelRunner):
         self._finished: list[str] = []
         self._survival: list[list[float]] = []
         self._group = 0
-        self.drafting_seconds = 0.0
 
     def _get_eagle3_aux_layers_from_config(self) -> tuple[int, ...] | None:
         return self._host.proposer.hidden_state_layers if self._host else None
@@ -93,11 +91,9 @@ class SlipstreamModelRunner(BaseModelRunner):
     ) -> list[list[int]]:
         """Called by vLLM after every step, with prompts still being read among the requests."""
         assert self._host is not None and aux_hidden_states is not None
-        started = time.perf_counter()
         forward = self._target_forward(scheduler_output, sampled_token_ids, aux_hidden_states)
         drafts = self._host.proposer.propose(forward)
         self._survival = drafts.survival
-        self.drafting_seconds += time.perf_counter() - started
         return drafts.token_ids
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:

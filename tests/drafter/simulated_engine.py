@@ -84,7 +84,8 @@ class SimulatedEngine:
 
     def forward(self, work: Mapping[str, Work]) -> TargetForward:
         """Advance the requests and describe the pass."""
-        starts, tokens, positions, hidden, tables = [0], [], [], [], []
+        starts, tokens = [0], list[int]()
+        positions, hidden, tables = list[int](), list[dict[int, torch.Tensor]](), list[list[int]]()
         for request_id, item in work.items():
             state = self.requests[request_id]
             known = state.tokens[: len(state.tokens) if item.run is None else state.computed + item.run]

@@ -37,7 +37,7 @@ def _other_app() -> FastAPI:
 
 async def test_report_counts_steps_drafts_and_positions() -> None:
     history, asked = SpeculationHistory(), list[int]()
-    app = build(_other_app(), nullcontext(), _source("tiny", history, asked))  # type: ignore[arg-type]
+    app = build(_other_app(), nullcontext(), _source("tiny", history, asked))
     history.add(0.0, 10, [8, 6, 4], [6, 3, 1])
 
     report = (await _get(app, "/v1/speculation")).json()
@@ -62,7 +62,7 @@ async def test_report_counts_steps_drafts_and_positions() -> None:
 
 async def test_without_a_drafter_the_engine_is_not_asked_and_rates_are_null() -> None:
     asked: list[int] = []
-    app = build(_other_app(), nullcontext(), _source(None, SpeculationHistory(), asked))  # type: ignore[arg-type]
+    app = build(_other_app(), nullcontext(), _source(None, SpeculationHistory(), asked))
 
     report = (await _get(app, "/v1/speculation")).json()
 
@@ -73,7 +73,7 @@ async def test_without_a_drafter_the_engine_is_not_asked_and_rates_are_null() ->
 
 
 async def test_other_paths_are_the_other_applications() -> None:
-    app = build(_other_app(), nullcontext(), _source(None, SpeculationHistory(), []))  # type: ignore[arg-type]
+    app = build(_other_app(), nullcontext(), _source(None, SpeculationHistory(), []))
     assert (await _get(app, "/v1/models")).json() == {"from": "the other application"}
     assert (await _get(app, "/v1/nothing")).status_code == 404
 

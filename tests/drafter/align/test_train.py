@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from drafter.align.batches import make_batch, run_blocks
+from drafter.align import train as train_module
+from drafter.align.batches import BlockBatch, make_batch, run_blocks
 from drafter.align.corpus import Answer, AnswerId, Corpus, ShardWriter
 from drafter.align.initial import TargetWeights, read_target
 from drafter.align.train import StepReport, Trainer, TrainOptions, is_held_out, read_history
@@ -15,7 +16,7 @@ from drafter.checkpoint import Drafter, load_drafter
 from drafter.config import DrafterConfig
 from drafter.proposer import BlockDiffusionProposer
 from tests.drafter.simulated_engine import SimulatedEngine, Work
-from tests.drafter.tiny import HIDDEN, LAYERS, VOCAB, dflash_config, random_drafter, shift_config, write_target
+from tests.drafter.tiny import HIDDEN, LAYERS, VOCAB, dflash_config, fill, random_drafter, shift_config, write_target
 
 OPTIONS = TrainOptions(
     steps=8,
@@ -92,6 +93,68 @@ def test_the_loss_falls_and_drafts_get_accepted(train: Callable[..., Trainer], c
     assert after.emitted_per_step("chat") > before.emitted_per_step("chat") + 0.3
 
 
+def test_the_loss_is_what_it_says(tmp_path: Path, target: TargetWeights, corpus: Corpus) -> None:
+    """Cross-entropy with the target's token where it can be drafted, and with its distribution everywhere."""
+    config, token_ids = shift_config(draft_vocab_size=20), torch.arange(0, VOCAB, 2)
+    options = replace(OPTIONS, steps=1, answers_per_step=7, anchors_per_answer=99, slot_decay=2.0)
+    trainer, losses = Trainer(tmp_path / "run", corpus, target, config, token_ids, options), list[float]()
+    model = trainer.drafter.model
+    fill(model, torch.Generator().manual_seed(1))
+    assert model.markov is not None
+    hard, soft, hard_weight, soft_weight = 0.0, 0.0, 0.0, 0.0
+    with torch.no_grad():
+        for index in range(1, 8):
+            answer = corpus.read(index)
+            anchors = torch.arange(3, 13)
+            hidden = run_blocks(model, make_batch([answer], [anchors], config), target.embedding)
+            for block, anchor in enumerate(anchors.tolist()):
+                for slot, position in enumerate(range(anchor, min(anchor + 4, 13))):
+                    # The row at ``position`` predicts the token behind it.
+                    logits = target.output_head[token_ids] @ hidden[block, slot]
+                    student = (logits + model.markov(answer.token_ids[position])).log_softmax(-1)
+                    final = answer.hidden[LAYERS][position].float()
+                    normed = final * (final.square().mean() + 1e-5).rsqrt() * target.final_norm
+                    teacher = (target.output_head[token_ids] @ normed).softmax(-1)
+                    weight = math.exp(-slot / 2)
+                    soft -= weight * float((teacher * student).sum())
+                    soft_weight += weight
+                    if int(answer.token_ids[position + 1]) % 2 == 0:
+                        hard -= weight * float(student[teacher.argmax()])
+                        hard_weight += weight
+    trainer.run(lambda report: losses.append(report.loss))
+    assert losses == pytest.approx([0.5 * hard / hard_weight + 0.5 * soft / soft_weight], rel=1e-4)
+
+
+def test_anchors_are_drawn_anew_at_every_step(train: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[int]] = []
+
+    def watched(answers: list[Answer], anchors: list[torch.Tensor], config: DrafterConfig) -> BlockBatch:
+        drawn.extend(positions.tolist() for positions in anchors)
+        return make_batch(answers, anchors, config)
+
+    monkeypatch.setattr(train_module, "make_batch", watched)
+    train().run(lambda report: None)
+    assert len(drawn) == 16
+    for positions in drawn:
+        assert len(set(positions)) == 3 and positions == sorted(positions)
+        assert set(positions) <= set(range(3, 13))
+    assert len({tuple(positions) for positions in drawn}) > 12
+
+
+def test_the_learning_rate_rises_and_falls(train: Callable[..., Trainer], tmp_path: Path) -> None:
+    rates: list[list[float]] = []
+
+    def watch(report: StepReport) -> None:
+        del report
+        state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+        rates.append([group["lr"] for group in state["optimizer"]["param_groups"]])
+
+    train(save_every=1, warmup=0.25, learning_rate=0.1, new_tensor_factor=3.0).run(watch)
+    copied = [0.05, 0.1] + [0.05 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+    assert [rate for rate, _ in rates] == pytest.approx(copied)
+    assert [rate for _, rate in rates] == pytest.approx([3 * rate for rate in copied])
+
+
 def test_half_the_precision_trains_too(train: Callable[..., Trainer]) -> None:
     losses: list[float] = []
     trainer = train(precision="bfloat16", steps=3)
@@ -157,8 +220,13 @@ def test_a_finished_run_has_nothing_left_to_do(train: Callable[..., Trainer], tm
 
 def test_the_time_of_earlier_parts_counts(train: Callable[..., Trainer]) -> None:
     reports: list[StepReport] = []
+
+    def watch(report: StepReport) -> None:
+        reports.append(report)
+        interrupt_at(6)(report)
+
     with pytest.raises(KeyboardInterrupt):
-        train().run(lambda report: (reports.append(report), interrupt_at(6)(report))[1])
+        train().run(watch)
     train().run(reports.append)
     assert reports[6].step == 7 and reports[6].seconds > reports[5].seconds
 
@@ -230,7 +298,12 @@ def test_held_out_answers_are_never_trained_on(
 ) -> None:
     trainer, read = train(steps=6, evaluate_every=100), list[int]()
     original = Corpus.read
-    monkeypatch.setattr(Corpus, "read", lambda self, index: (read.append(index), original(self, index))[1])
+
+    def watched(self: Corpus, index: int) -> Answer:
+        read.append(index)
+        return original(self, index)
+
+    monkeypatch.setattr(Corpus, "read", watched)
     trainer.run(lambda report: None)
     held_out = [i for i, answer in enumerate(corpus.ids) if is_held_out(answer.prompt_index)]
     assert held_out == [0] and read[12:] == [0]  # the evaluation that ends the run
