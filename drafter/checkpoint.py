@@ -8,7 +8,7 @@ vocabulary) lies beside it in ``slipstream.safetensors``.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,14 +34,18 @@ class Drafter:
     model: BlockDrafter
     token_ids: torch.Tensor | None
 
-    def pack(self, target: TargetModel) -> DraftHead:
-        """Pack the model's weights for serving and return the draft head over rows of the target's output head."""
+    def head(self, target: TargetModel) -> DraftHead:
+        """The draft head over rows of the target's output head, in float32."""
         token_ids = None if self.token_ids is None else self.token_ids.to(target.output_head.device)
         rows = target.output_head if token_ids is None else target.output_head[token_ids]
-        weight = rows.to(torch.float32).contiguous()
-        self.model.to(weight.device)
+        return DraftHead(rows.to(torch.float32).contiguous(), token_ids, self.model.markov)
+
+    def pack(self, target: TargetModel) -> DraftHead:
+        """Move the model to the target's device and pack its weights for serving; returns the packed head."""
+        self.model.to(target.output_head.device)
         pack_for_serving(self.model)
-        return DraftHead(weight, token_ids, self.model.markov, PackedLinear(weight))
+        head = self.head(target)
+        return replace(head, packed=PackedLinear(head.weight))
 
 
 def load_drafter(folder: Path, dtype: torch.dtype = torch.float32) -> Drafter:

@@ -168,7 +168,7 @@ class BlockDrafter(nn.Module):
         Returns:
             ``[blocks, slots, hidden]``.
         """
-        dtype = self.fc.weight.dtype
+        dtype = self.norm.weight.dtype
         mask = embedding[self.config.mask_token_id].to(dtype)
         anchor = F.embedding(anchors, embedding).to(dtype)[:, None]
         x = torch.cat([anchor, mask.expand(len(anchors), slots - 1, -1)], dim=1)

@@ -31,8 +31,9 @@ def config(request: pytest.FixtureRequest) -> DrafterConfig:
 
 
 def start(config: DrafterConfig, max_draft_tokens: int = 99) -> tuple[Drafter, SimulatedEngine]:
-    drafter = random_drafter(config)
-    return drafter, SimulatedEngine(BlockDiffusionProposer(drafter, max_draft_tokens, "drafters/d"))
+    """A drafter to compute with, and an engine that serves a copy of it: serving may rearrange its weights."""
+    served = BlockDiffusionProposer(random_drafter(config), max_draft_tokens, "drafters/d")
+    return random_drafter(config), SimulatedEngine(served)
 
 
 @torch.inference_mode()

@@ -323,13 +323,13 @@ def test_the_history_of_no_run_is_empty(tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", [CONFIG, dflash_config(), dflash_config(causal=True)], ids=str)
 @torch.inference_mode()
 def test_training_and_serving_compute_the_same_hidden_states(config: DrafterConfig) -> None:
-    drafter = random_drafter(config)
+    trainee, drafter = random_drafter(config), random_drafter(config)
     engine = SimulatedEngine(BlockDiffusionProposer(drafter, config.num_draft_tokens, "d"), num_pages=40)
     tokens = [(7 * i) % VOCAB for i in range(14)]
     hidden = {i: states.half() for i, states in engine.hidden_states(tokens).items()}
     answer, anchors = Answer(AnswerId("chat", 1, 0.0), 4, torch.tensor(tokens), hidden), [4, 7, 8, 12]
     batch = make_batch([answer], [torch.tensor(anchors)], config)
-    trained = run_blocks(drafter.model, batch, engine.target.embedding)
+    trained = run_blocks(trainee.model, batch, engine.target.embedding)
     served: list[torch.Tensor] = []
     drafter.model.register_forward_hook(lambda module, inputs, output: served.append(output))
     for anchor in anchors:
