@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -79,7 +79,7 @@ async def collect(
             progress(tokens)
 
     try:
-        await asyncio.gather(*(worker() for _ in range(options.concurrency)))
+        await _all(worker, options.concurrency)
     finally:
         await engine.flush()
     return written
@@ -104,5 +104,15 @@ async def write_own_prompts(
                 turns[text] = None
                 progress(1)
 
-    await asyncio.gather(*(worker() for _ in range(concurrency)))
+    await _all(worker, concurrency)
     return [Prompt("self", text) for text in turns]
+
+
+async def _all(worker: Callable[[], Coroutine[None, None, None]], count: int) -> None:
+    """Run ``count`` workers to their end; when one fails the others are cancelled first, then its error is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(count):
+                group.create_task(worker())
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
