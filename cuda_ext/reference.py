@@ -31,12 +31,12 @@ def block_attention(
     Returns:
         ``[requests, block, heads, head_dim]`` in the query's dtype.
     """
-    requests, block, heads, _ = query.shape
+    requests, block, heads, head_dim = query.shape
     page_size, kv_heads = pages.shape[2], pages.shape[3]
     longest = int(context_lens.max()) if requests else 0
     num_pages = -(-longest // page_size)
     context = pages[block_table[:, :num_pages].long()]
-    context = context.transpose(1, 2).reshape(requests, 2, num_pages * page_size, kv_heads, -1)
+    context = context.transpose(1, 2).reshape(requests, 2, num_pages * page_size, kv_heads, head_dim)
     key = torch.cat([context[:, 0], block_key], dim=1).transpose(1, 2)
     value = torch.cat([context[:, 1], block_value], dim=1).transpose(1, 2)
     in_context = torch.arange(num_pages * page_size, device=query.device) < context_lens[:, None]

@@ -56,33 +56,28 @@ def load_drafter(folder: Path, dtype: torch.dtype = torch.float32) -> Drafter:
     """
     config = read_config(folder)
     model = BlockDrafter(config)
-    stored = _read(folder / _DFLASH_FILE)
+    stored = {name.removeprefix("model."): tensor for name, tensor in _read(folder / _DFLASH_FILE).items()}
     extra = _read(folder / _EXTRA_FILE) if (folder / _EXTRA_FILE).exists() else {}
-    token_ids = extra.pop(_VOCABULARY, None)
-    if token_ids is None and config.draft_vocab_size != config.vocab_size:
-        raise DrafterCheckpointError(f"{folder}: a draft vocabulary of {config.draft_vocab_size} tokens is not stored")
-    state = {**_from_dflash(stored, config), **extra}
-    expected = dict(model.state_dict())
-    if wrong := sorted(set(expected) ^ set(state)):
-        raise DrafterCheckpointError(f"{folder}: tensors do not match config.json: {', '.join(wrong[:4])}")
-    for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            shapes = f"{list(tensor.shape)} stored, {list(expected[name].shape)} by config.json"
-            raise DrafterCheckpointError(f"{folder}: tensor {name} has the wrong shape: {shapes}")
-    model.load_state_dict(state)
-    return Drafter(model.to(dtype).eval(), None if token_ids is None else token_ids.long())
+    token_ids = _draft_vocabulary(extra.pop(_VOCABULARY, None), config, folder)
+    expected, expected_extra = _split(model.state_dict())
+    _check_tensors({**_to_dflash(expected, config), **expected_extra}, {**stored, **extra}, folder)
+    model.load_state_dict({**_from_dflash(stored, config), **extra})
+    return Drafter(model.to(dtype).eval(), token_ids)
 
 
 def save_drafter(drafter: Drafter, folder: Path, dtype: torch.dtype = torch.float16) -> None:
     """Write a checkpoint folder; each file appears complete or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().to(dtype).contiguous() for name, tensor in drafter.model.state_dict().items()}
-    extra = {name: state.pop(name) for name in list(state) if name.split(".")[0] in _EXTRA_MODULES}
+    state, extra = _split(
+        {name: tensor.detach().to(dtype).contiguous() for name, tensor in drafter.model.state_dict().items()}
+    )
     if drafter.token_ids is not None:
         extra[_VOCABULARY] = drafter.token_ids.to(torch.int32)
     _write(_to_dflash(state, drafter.model.config), folder / _DFLASH_FILE)
     if extra:
         _write(extra, folder / _EXTRA_FILE)
+    else:
+        (folder / _EXTRA_FILE).unlink(missing_ok=True)
     unfinished = folder / "config.json.partial"
     unfinished.write_text(json.dumps(drafter.model.config.to_json(), indent=2) + "\n", encoding="utf-8")
     os.replace(unfinished, folder / "config.json")
@@ -97,11 +92,48 @@ def check_fits(config: DrafterConfig, target: TargetShape, source: str) -> None:
         problems.append(f"vocabulary {config.vocab_size} against {target.vocab_size}")
     if bad := [i for i in config.target_layer_ids if not 0 <= i < target.num_layers]:
         problems.append(f"it reads target layers {bad} of {target.num_layers}")
+    if config.vocab_size == target.vocab_size and not 0 <= config.mask_token_id < target.vocab_size:
+        problems.append(f"mask token {config.mask_token_id} of a vocabulary of {target.vocab_size}")
     if problems:
         raise DrafterCheckpointError(f"drafter {source} does not fit target {target.path}: {'; '.join(problems)}")
 
 
 _EXTRA_MODULES = ("slot_embedding", "last_feature_proj", "markov")
+
+
+def _split(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Tensors that DFlash has names for, and the others."""
+    extra = {name: tensor for name, tensor in state.items() if name.split(".")[0] in _EXTRA_MODULES}
+    return {name: tensor for name, tensor in state.items() if name not in extra}, extra
+
+
+def _draft_vocabulary(stored: torch.Tensor | None, config: DrafterConfig, folder: Path) -> torch.Tensor | None:
+    """The draft vocabulary as int64, checked against the configuration."""
+    if stored is None:
+        if config.draft_vocab_size != config.vocab_size:
+            raise DrafterCheckpointError(
+                f"{folder}: a draft vocabulary of {config.draft_vocab_size} tokens is not stored"
+            )
+        return None
+    if stored.shape != (config.draft_vocab_size,):
+        raise DrafterCheckpointError(
+            f"{folder}: draft vocabulary of {stored.numel()} tokens stored, {config.draft_vocab_size} by config.json"
+        )
+    if int(stored.min()) < 0 or int(stored.max()) >= config.vocab_size:
+        raise DrafterCheckpointError(
+            f"{folder}: draft vocabulary has token ids outside of 0 to {config.vocab_size - 1}"
+        )
+    return stored.long()
+
+
+def _check_tensors(expected: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Names and shapes of what is stored must be those of the configuration."""
+    if wrong := sorted(set(expected) ^ set(stored)):
+        raise DrafterCheckpointError(f"{folder}: tensors do not match config.json: {', '.join(wrong[:4])}")
+    for name, tensor in stored.items():
+        if tensor.shape != expected[name].shape:
+            shapes = f"{list(tensor.shape)} stored, {list(expected[name].shape)} by config.json"
+            raise DrafterCheckpointError(f"{folder}: tensor {name} has the wrong shape: {shapes}")
 
 
 def _to_dflash(state: Mapping[str, torch.Tensor], config: DrafterConfig) -> dict[str, torch.Tensor]:
@@ -128,17 +160,16 @@ def _to_dflash(state: Mapping[str, torch.Tensor], config: DrafterConfig) -> dict
 
 
 def _from_dflash(stored: Mapping[str, torch.Tensor], config: DrafterConfig) -> dict[str, torch.Tensor]:
-    """DFlash's tensors fused as our layers hold them; missing ones surface as a mismatch of names."""
-    rest = {name.removeprefix("model."): tensor for name, tensor in stored.items()}
+    """DFlash's tensors, all of them, fused as our layers hold them."""
+    rest = dict(stored)
     result: dict[str, torch.Tensor] = {}
     for i in range(config.num_layers):
         for fused, parts in (
             ("qkv_proj", [f"self_attn.{k}_proj" for k in "qkv"]),
             ("gate_up_proj", ["mlp.gate_proj", "mlp.up_proj"]),
         ):
-            names = [f"layers.{i}.{part}.weight" for part in parts]
-            if all(name in rest for name in names):
-                result[f"layers.{i}.{fused}.weight"] = torch.cat([rest.pop(name) for name in names])
+            tensors = [rest.pop(f"layers.{i}.{part}.weight") for part in parts]
+            result[f"layers.{i}.{fused}.weight"] = torch.cat(tensors)
     for name, tensor in rest.items():
         result[name.replace(".self_attn.", ".").replace(".mlp.", ".")] = tensor
     return result

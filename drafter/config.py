@@ -115,11 +115,12 @@ class DrafterConfig:
         Raises:
             DrafterCheckpointError: a key is missing or asks for something this drafter does not do.
         """
-        dflash, extra = data.get("dflash_config", {}), data.get("slipstream_config", {})
-        rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise DrafterCheckpointError(f"{source}: rotary embedding of type {rope['rope_type']!r} is not supported")
         try:
+            dflash, extra = data.get("dflash_config", {}), data.get("slipstream_config", {})
+            rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            if kind != "default":
+                raise DrafterCheckpointError(f"{source}: rotary embedding of type {kind!r} is not supported")
             return cls(
                 hidden_size=data["hidden_size"],
                 intermediate_size=data["intermediate_size"],
@@ -135,13 +136,23 @@ class DrafterConfig:
                 block_size=data["block_size"],
                 mask_token_id=dflash["mask_token_id"],
                 causal=bool(dflash.get("causal", False)),
-                input_scheme=InputScheme(extra.get("input_scheme", "dflash")),
+                input_scheme=_input_scheme(extra.get("input_scheme", "dflash"), source),
                 last_feature=extra.get("last_feature", False),
                 markov_rank=extra.get("markov_rank", 0),
                 draft_vocab_size=extra.get("draft_vocab_size", data["vocab_size"]),
             )
         except KeyError as error:
             raise DrafterCheckpointError(f"{source}: not a DFlash drafter configuration, {error} is missing") from error
+        except (AttributeError, TypeError) as error:
+            raise DrafterCheckpointError(f"{source}: not a DFlash drafter configuration ({error})") from error
+
+
+def _input_scheme(name: str, source: str) -> InputScheme:
+    try:
+        return InputScheme(name)
+    except ValueError as error:
+        known = ", ".join(InputScheme)
+        raise DrafterCheckpointError(f"{source}: unknown input scheme {name!r}; known are {known}") from error
 
 
 def read_config(folder: Path) -> DrafterConfig:

@@ -1,5 +1,6 @@
 """Building the vLLM engine that serves, measures and collects: one set of arguments for all three."""
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -81,5 +82,7 @@ def plain_arguments(shape: EngineShape) -> dict[str, Any]:
 
 def start_engine(arguments: dict[str, Any], history: SpeculationHistory | None = None) -> AsyncLLM:
     """Start the engine's processes and wait until they can serve; ``history`` then counts speculation."""
+    # Ours extends vLLM's first model runner; without drafting vLLM might choose the second one, past our sampler.
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     loggers = [partial(SpeculationStatLogger, history=history)] if history is not None else None
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=loggers)

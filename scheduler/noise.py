@@ -45,7 +45,8 @@ def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) 
     keys = _mix(_mix(seeds + _WEYL) + positions * _WEYL)
     tokens = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=seeds.device)
     bits = _mix(keys[:, None] + tokens[None] * _WEYL)
-    uniform = ((bits >> 11) & 0x1FFFFFFFFFFFFF).to(torch.float64).add_(0.5).mul_(2.0**-53)
+    # 52 bits, so that adding a half is exact and the result is never 0 or 1.
+    uniform = ((bits >> 12) & 0xFFFFFFFFFFFFF).to(torch.float64).add_(0.5).mul_(2.0**-52)
     return uniform.log_().neg_().log_().neg_()
 
 

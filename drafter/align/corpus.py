@@ -48,7 +48,11 @@ class AnswerId:
     @staticmethod
     def is_one(text: str) -> bool:
         """Whether ``text`` reads as an answer id."""
-        return text.count("/") >= 2
+        try:
+            AnswerId.parse(text)
+        except ValueError:
+            return False
+        return True
 
 
 @dataclass(frozen=True, slots=True)

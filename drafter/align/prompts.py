@@ -22,7 +22,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         OSError: the file cannot be read.
     """
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -30,10 +30,14 @@ def read_prompts(path: Path) -> list[Prompt]:
             category, text = item["category"], item["prompt"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f'{path}:{number}: expected {{"category": …, "prompt": …}}, got {line[:80]!r}') from error
-        if not isinstance(category, str) or not isinstance(text, str) or not text.strip() or "/" in category:
+        if not _is_text(category) or not _is_text(text) or "/" in category:
             raise ValueError(f"{path}:{number}: category and prompt must be non-empty strings, category without '/'")
         prompts.append(Prompt(category, text))
     return prompts
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def write_prompts(path: Path, prompts: list[Prompt]) -> None:

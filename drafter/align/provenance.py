@@ -63,7 +63,12 @@ def prompt_file(path: Path, prompts: int) -> PromptFile:
 
 def without_folders(command: Sequence[str]) -> list[str]:
     """A command line whose paths are reduced to their last part."""
-    return [Path(word).name if word.startswith((os.sep, "~", "..")) else word for word in command]
+    return [_without_folder(word) for word in command]
+
+
+def _without_folder(word: str) -> str:
+    flag, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    return f"{flag}{equals}{Path(value).name if value.startswith((os.sep, '~', '..')) else value}"
 
 
 def versions() -> dict[str, str]:

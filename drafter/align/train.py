@@ -116,6 +116,10 @@ class Trainer:
             for i, answer in enumerate(corpus.ids)
             if not is_held_out(answer.prompt_index) and corpus.answer_tokens(i) > 2
         ]
+        if len(self._training) < options.answers_per_step:
+            raise ValueError(
+                f"the corpus has {len(self._training)} answers to train on, one step takes {options.answers_per_step}"
+            )
         self.step = 0
         self._seconds = 0.0
         self._resume()
@@ -211,6 +215,7 @@ class Trainer:
     def _save(self) -> None:
         state = {
             "options": asdict(self._options),
+            "drafter": self._model.config.to_json(),
             "step": self.step,
             "seconds": self._seconds,
             "model": self._model.state_dict(),
@@ -223,11 +228,10 @@ class Trainer:
     def _resume(self) -> None:
         path = self._folder / "state.pt"
         if not path.exists():
+            _keep_history(self._folder / "history.jsonl", 0)
             return
         state: dict[str, Any] = torch.load(path, weights_only=True)
-        if state["options"] != json.loads(json.dumps(asdict(self._options))) | {
-            "copied_layers": self._options.copied_layers
-        }:
+        if state["options"] != asdict(self._options) or state["drafter"] != self._model.config.to_json():
             raise ValueError(f"{path} was trained with other options; choose another run folder or remove it")
         self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
