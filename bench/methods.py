@@ -138,7 +138,9 @@ def _find_library(pattern: str, folders: Sequence[Path]) -> Path | None:
 
 def _launch_vllm(settings: EngineSettings, port: int) -> Launch:
     command = (
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(settings.model)),
+        # vLLM's `serve` command looks for a distribution called "vllm", which its CPU build is not; this is the server
+        # that the command starts.
+        *(sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(settings.model)),
         *("--dtype", settings.dtype),
         *("--max-model-len", str(settings.max_model_len)),
         *("--max-num-seqs", str(settings.max_num_seqs)),

@@ -86,3 +86,14 @@ def start_engine(arguments: dict[str, Any], history: SpeculationHistory | None =
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     loggers = [partial(SpeculationStatLogger, history=history)] if history is not None else None
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=loggers)
+
+
+def stop_engine(engine: AsyncLLM) -> None:
+    """End the engine's processes; safe to call once more, which vLLM does when the interpreter exits."""
+    engine.shutdown()
+    # The engine calls this again when it is collected, at exit possibly after the modules that it needs.
+    engine.shutdown = _already_stopped
+
+
+def _already_stopped(*_: object, **__: object) -> None:
+    return None

@@ -53,7 +53,7 @@ async def _collect(args: argparse.Namespace, settings: Settings, model: Path) ->
     if recorded >= args.answer_tokens or (prompts is not None and not plan_answers(prompts, options)):
         return
     from scheduler.answering import RecordingEngine
-    from scheduler.engine import EngineShape, engine_arguments, start_engine
+    from scheduler.engine import EngineShape, engine_arguments, start_engine, stop_engine
     from scheduler.options import EngineOptions, RecorderOptions
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -85,7 +85,7 @@ async def _collect(args: argparse.Namespace, settings: Settings, model: Path) ->
             left = CollectOptions(**{**asdict(options), "target_tokens": args.answer_tokens - recorded})
             await collect(recording, prompts, left, tell)
     finally:
-        engine.shutdown()
+        stop_engine(engine)
 
 
 def _train(args: argparse.Namespace, settings: Settings, model: Path) -> None:

@@ -81,7 +81,9 @@ async def _serve(served: Served, listener: socket.socket, startup: "_StartupInte
         print(_ready_block(served, time.monotonic() - started), file=sys.stderr, flush=True)
         await http.serve(sockets=[listener])
     finally:
-        engine.shutdown()
+        from scheduler.engine import stop_engine
+
+        stop_engine(engine)
     return 0
 
 

@@ -12,7 +12,7 @@ _CRAMPED = (
     "--model.max_model_len=512",
     "--engine.max_num_batched_tokens=96",
     "--engine.max_num_seqs=8",
-    "--engine.kv_cache_gib=0.045",
+    "--engine.kv_cache_gib=0.03",
 )
 _ROOMY = ("--model.max_model_len=512", "--engine.max_num_batched_tokens=96", "--engine.max_num_seqs=8")
 
