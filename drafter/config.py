@@ -74,6 +74,11 @@ class DrafterConfig:
         """Width of the concatenated hidden states that the drafter projects into its context."""
         return self.hidden_size * len(self.target_layer_ids)
 
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of paged cache for one token of context: float32 keys and values of every layer."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * 4
+
     def to_json(self) -> dict[str, Any]:
         """The content of ``config.json``."""
         return {

@@ -50,8 +50,7 @@ class BlockDiffusionProposer:
         return self._max_draft_tokens
 
     def cache_bytes_per_token(self) -> int:
-        config = self._model.config
-        return config.num_layers * 2 * config.num_kv_heads * config.head_dim * torch.float32.itemsize
+        return self._model.config.cache_bytes_per_token
 
     def attach(self, target: TargetModel, cache: PagedCacheSpec) -> None:
         """Check that the drafter fits, share the target's embedding and head, allocate the pages."""

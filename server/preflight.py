@@ -14,7 +14,6 @@ from server.hardware import memory_gib
 from server.settings import Settings
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_CACHE_DTYPE_BYTES = 4  # the drafter's pages are float32
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -99,6 +98,5 @@ def kv_bytes_per_token(dtype: str, target: dict[str, Any], drafter: Path | None)
     layers, kv_heads = target.get("num_hidden_layers", 0), target.get("num_key_value_heads") or heads
     total = 2 * layers * kv_heads * head_dim * _DTYPE_BYTES.get(dtype, 2)
     if drafter is not None:
-        config = read_config(drafter)
-        total += 2 * config.num_layers * config.num_kv_heads * config.head_dim * _CACHE_DTYPE_BYTES
+        total += read_config(drafter).cache_bytes_per_token
     return int(total)
