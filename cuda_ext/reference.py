@@ -1,4 +1,10 @@
-"""The operations of the drafter's inner loop in plain PyTorch: the definition that every kernel is tested against."""
+"""The operations of the drafter's inner loop in plain PyTorch: the definitions that every kernel is tested against.
+
+They run on any device and are what a machine without compiled kernels uses. A *block* holds a request's draft slots.
+Its slots have a logical place, which gives their rotary position, and a physical one, which says what they see:
+observed slots stand first, slots still masked behind them, and attention is causal in physical order (WeDLM's
+topological reordering, arXiv 2512.22737).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,61 +14,161 @@ def block_attention(
     query: torch.Tensor,
     block_key: torch.Tensor,
     block_value: torch.Tensor,
-    pages: torch.Tensor,
-    block_table: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     visible: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of a block of draft slots over a paged context and over the block itself.
+    """Attention of draft slots over a paged context and over their own block.
 
-    Slots stand in physical order; their rotary positions were applied before and need not follow it. Every slot
-    sees the whole context and the first ``visible`` slots of its block.
+    Every query sees the whole context and the first ``visible`` physical slots of its block. One operation so serves
+    reordered causal blocks, one-pass blocks, DFlash's bidirectional ones, and refinement passes, which bring fewer
+    queries than the block has slots.
 
     Args:
-        query: ``[requests, block, heads, head_dim]``.
-        block_key, block_value: ``[requests, block, kv_heads, head_dim]``.
-        pages: ``[num_pages, 2, page_size, kv_heads, head_dim]``, keys at index 0 of the second axis, values at 1.
-        block_table: ``[requests, max_pages]`` integer page ids.
-        context_lens: ``[requests]`` integer tokens of context, zero allowed.
-        visible: ``[requests, block]`` integer physical slots each query sees, at least 1.
+        query: ``[requests, queries, heads, head_dim]``, rotated.
+        block_key, block_value: ``[requests, slots, kv_heads, head_dim]`` in physical order, keys rotated.
+        key_cache, value_cache: ``[pages, page_size, kv_heads, head_dim]``.
+        block_tables: ``[requests, max_pages]`` int32 page ids; entries past a request's context may hold anything.
+        context_lens: ``[requests]`` int32 tokens of context, zero allowed.
+        visible: ``[requests, queries]`` int32 slots that each query sees, 0 to ``slots``. A query that sees neither
+            context nor slots gets zeros.
         scale: factor on the dot products.
 
     Returns:
-        ``[requests, block, heads, head_dim]`` in the query's dtype.
+        ``[requests, queries, heads, head_dim]`` in the query's dtype.
     """
-    requests, block, heads, head_dim = query.shape
-    page_size, kv_heads = pages.shape[2], pages.shape[3]
+    requests, queries, heads, head_dim = query.shape
+    slots = block_key.shape[1]
+    page_size, kv_heads = key_cache.shape[1], key_cache.shape[2]
     longest = int(context_lens.max()) if requests else 0
     num_pages = -(-longest // page_size)
-    context = pages[block_table[:, :num_pages].long()]
-    context = context.transpose(1, 2).reshape(requests, 2, num_pages * page_size, kv_heads, head_dim)
-    key = torch.cat([context[:, 0], block_key], dim=1).transpose(1, 2)
-    value = torch.cat([context[:, 1], block_value], dim=1).transpose(1, 2)
-    in_context = torch.arange(num_pages * page_size, device=query.device) < context_lens[:, None]
-    in_block = torch.arange(block, device=query.device) < visible[..., None]
-    mask = torch.cat([in_context[:, None].expand(-1, block, -1), in_block], dim=2)[:, None]
-    # Rows of pages that belong to nobody may hold anything, NaN included, which a zero weight would not hide.
-    key = key.masked_fill(~mask.any(dim=2)[..., None], 0)
-    value = value.masked_fill(~mask.any(dim=2)[..., None], 0)
+    pages = block_tables[:, :num_pages].long()
+    reach = torch.arange(num_pages * page_size, device=query.device)
+    # Entries past a request's context may be no page at all.
+    pages = pages.where(reach[::page_size] < context_lens[:, None], 0)
+    shape = (requests, num_pages * page_size, kv_heads, head_dim)
+    key = torch.cat([key_cache[pages].reshape(shape), block_key], dim=1).transpose(1, 2)
+    value = torch.cat([value_cache[pages].reshape(shape), block_value], dim=1).transpose(1, 2)
+    in_context = reach < context_lens[:, None]
+    in_block = torch.arange(slots, device=query.device) < visible[..., None]
+    mask = torch.cat([in_context[:, None].expand(-1, queries, -1), in_block], dim=2)[:, None]
+    # Rows that nobody sees may hold anything, NaN included, which a zero weight would not hide.
+    seen = mask.any(dim=2)[..., None]
+    key, value = key.masked_fill(~seen, 0), value.masked_fill(~seen, 0)
     output = F.scaled_dot_product_attention(
         query.transpose(1, 2), key, value, attn_mask=mask, scale=scale, enable_gqa=heads != kv_heads
     )
-    return output.transpose(1, 2)
+    return output.masked_fill(~mask.any(dim=3)[..., None], 0).transpose(1, 2)
 
 
-def write_pages(pages: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    """Store context keys and values in their pages.
+def partition_block(
+    observed_at: torch.Tensor, first_positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Physical order of blocks: a stable partition by the pass in which a slot was observed.
+
+    Slots observed earlier stand before slots observed later, masked ones (the largest number) last, and equals keep
+    their logical order. So what an earlier pass has cached stays where it is and newly observed slots follow it.
 
     Args:
-        pages: ``[num_pages, 2, page_size, kv_heads, head_dim]``, changed in place.
-        key, value: ``[tokens, kv_heads, head_dim]``.
-        slot_mapping: ``[tokens]`` int64, page * page_size + offset; negative entries are skipped.
+        observed_at: ``[requests, slots]`` int32, by logical slot.
+        first_positions: ``[requests]`` int64, position of logical slot 0.
+
+    Returns:
+        ``order`` ``[requests, slots]`` int64, the logical slot at each physical place; its ``inverse``, the place of
+        each logical slot; ``positions`` int64, the rotary position at each place; ``visible`` int32, the slots that
+        each place sees under causal attention.
     """
-    if bool((slot_mapping < 0).any()):
-        kept = slot_mapping >= 0
-        key, value, slot_mapping = key[kept], value[kept], slot_mapping[kept]
-    page_size = pages.shape[2]
+    requests, slots = observed_at.shape
+    order = observed_at.argsort(dim=1, stable=True)
+    inverse = torch.empty_like(order).scatter_(1, order, torch.arange(slots, device=order.device).expand_as(order))
+    visible = torch.arange(1, slots + 1, dtype=torch.int32, device=order.device).expand(requests, slots).contiguous()
+    return order, inverse, first_positions[:, None] + order, visible
+
+
+def write_context(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_norm: torch.Tensor | None,
+    eps: float,
+    rotary_table: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+) -> None:
+    """Norm and rotate context keys and store them and their values in their pages.
+
+    Args:
+        key, value: ``[tokens, kv_heads, head_dim]``.
+        key_norm: ``[head_dim]`` weight of the RMS norm of keys, or ``None``.
+        eps: of that norm.
+        rotary_table: ``[positions, 2, head_dim]``, see ``rotate``.
+        positions: ``[tokens]`` int64.
+        slot_mapping: ``[tokens]`` int64, page * page_size + offset; rows with a negative entry are skipped.
+        key_cache, value_cache: ``[pages, page_size, kv_heads, head_dim]``, changed in place.
+    """
+    kept = slot_mapping >= 0
+    if not bool(kept.all()):
+        key, value, positions, slot_mapping = key[kept], value[kept], positions[kept], slot_mapping[kept]
+    page_size = key_cache.shape[1]
     page, offset = slot_mapping // page_size, slot_mapping % page_size
-    pages[page, 0, offset] = key
-    pages[page, 1, offset] = value
+    key_cache[page, offset] = rotate(rms_norm(key, key_norm, eps), rotary_table, positions).to(key_cache.dtype)
+    value_cache[page, offset] = value.to(value_cache.dtype)
+
+
+def append_block(
+    qkv: torch.Tensor,
+    query_norm: torch.Tensor | None,
+    key_norm: torch.Tensor | None,
+    eps: float,
+    rotary_table: torch.Tensor,
+    positions: torch.Tensor,
+    places: torch.Tensor,
+    block_key: torch.Tensor,
+    block_value: torch.Tensor,
+) -> torch.Tensor:
+    """Norm and rotate the queries and keys of new slots, and put keys and values at their physical places.
+
+    Args:
+        qkv: ``[requests, queries, (heads + 2 * kv_heads) * head_dim]``: queries, keys and values of each row.
+        query_norm, key_norm: ``[head_dim]`` weights of RMS norms, or ``None``.
+        eps: of the norms.
+        rotary_table: ``[positions, 2, head_dim]``, see ``rotate``.
+        positions: ``[requests, queries]`` int64 logical positions.
+        places: ``[requests, queries]`` int64 physical places; a row with a negative one is not stored.
+        block_key, block_value: ``[requests, slots, kv_heads, head_dim]``, changed in place.
+
+    Returns:
+        The queries ``[requests, queries, heads, head_dim]``.
+    """
+    kv_heads, head_dim = block_key.shape[2:]
+    heads = qkv.unflatten(-1, (-1, head_dim))
+    query, key, value = heads.split([heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads], dim=2)
+    key = rotate(rms_norm(key, key_norm, eps), rotary_table, positions)
+    row, column = (places >= 0).nonzero(as_tuple=True)
+    block_key[row, places[row, column]] = key[row, column]
+    block_value[row, places[row, column]] = value[row, column]
+    return rotate(rms_norm(query, query_norm, eps), rotary_table, positions)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """Root-mean-square norm over the last axis; without a weight, ``x`` itself."""
+    return x if weight is None else F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+def rotate(x: torch.Tensor, rotary_table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding in half-split (NeoX) layout.
+
+    Args:
+        x: ``[*rows, heads, head_dim]``.
+        rotary_table: ``[positions, 2, head_dim]`` float32: at index 0 the cosines, twice over; at index 1 the sines,
+            negated in the first half.
+        positions: ``[*rows]`` int64.
+    """
+    rows = rotary_table[positions]
+    first, second = x.chunk(2, dim=-1)
+    swapped = torch.cat([second, first], dim=-1)
+    return torch.addcmul(x * rows[..., :1, :], swapped, rows[..., 1:, :]).to(x.dtype)

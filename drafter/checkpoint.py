@@ -8,7 +8,7 @@ vocabulary) lies beside it in ``slipstream.safetensors``.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +19,6 @@ from drafter.config import DrafterConfig, read_config
 from drafter.errors import DrafterCheckpointError
 from drafter.head import DraftHead
 from drafter.model import BlockDrafter
-from drafter.packed import PackedLinear, pack_for_serving
 from drafter.types import TargetModel, TargetShape
 
 _DFLASH_FILE = "model.safetensors"
@@ -39,13 +38,6 @@ class Drafter:
         token_ids = None if self.token_ids is None else self.token_ids.to(target.output_head.device)
         rows = target.output_head if token_ids is None else target.output_head[token_ids]
         return DraftHead(rows.to(torch.float32).contiguous(), token_ids, self.model.markov)
-
-    def pack(self, target: TargetModel) -> DraftHead:
-        """Move the model to the target's device and pack its weights for serving; returns the packed head."""
-        self.model.to(target.output_head.device)
-        pack_for_serving(self.model)
-        head = self.head(target)
-        return replace(head, packed=PackedLinear(head.weight))
 
 
 def load_drafter(folder: Path, dtype: torch.dtype = torch.float32) -> Drafter:

@@ -1,11 +1,11 @@
 """Turning the drafter's hidden states into draft tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from drafter.model import MarkovHead
 from drafter.packed import PackedLinear
 
 
@@ -22,7 +22,7 @@ class DraftHead:
 
     weight: torch.Tensor
     token_ids: torch.Tensor | None
-    markov: MarkovHead | None
+    markov: Callable[[torch.Tensor], torch.Tensor] | None
     packed: PackedLinear | None = None
 
     def walk(self, hidden: torch.Tensor, anchors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -39,12 +39,16 @@ class RotaryEmbedding(nn.Module):
         self.head_dim, self.theta = head_dim, theta
         self.register_buffer("table", torch.empty(0, 2, head_dim), persistent=False)
 
-    def factors(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines ``[*positions.shape, 1, head_dim]`` that broadcast over heads."""
+    def covering(self, positions: torch.Tensor) -> torch.Tensor:
+        """The table ``[at least max(positions) + 1, 2, head_dim]``: cosines, then sines that carry the sign."""
         needed = int(positions.max()) + 1 if positions.numel() else 0
         if needed > len(self.table):
             self.table = self._build(max(needed, 2 * len(self.table), 512)).to(positions.device)
-        rows = self.table[positions]
+        return self.table
+
+    def factors(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines ``[*positions.shape, 1, head_dim]`` that broadcast over heads."""
+        rows = self.covering(positions)[positions]
         return rows[..., :1, :], rows[..., 1:, :]
 
     def _build(self, length: int) -> torch.Tensor:
@@ -75,7 +79,6 @@ class DrafterLayer(nn.Module):
         self.o_proj = nn.Linear(self.q_size, hidden, bias=False)
         self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=False)
         self.down_proj = nn.Linear(inner, hidden, bias=False)
-        self.context_proj: nn.Module | None = None  # the K/V rows of qkv_proj, when they are packed for serving
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
@@ -83,10 +86,7 @@ class DrafterLayer(nn.Module):
         self, features: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values ``[tokens, kv_heads, head_dim]`` of context features ``[tokens, hidden]``."""
-        if self.context_proj is not None:
-            kv = self.context_proj(features)
-        else:
-            kv = F.linear(features, self.qkv_proj.weight[self.q_size :])
+        kv = F.linear(features, self.qkv_proj.weight[self.q_size :])
         key, value = kv.view(*kv.shape[:-1], 2 * self.kv_heads, self.head_dim).chunk(2, dim=-2)
         return rotate(self.k_norm(key) if self.k_norm else key, factors), value
 
@@ -158,7 +158,7 @@ class BlockDrafter(nn.Module):
     def block_inputs(
         self, anchors: torch.Tensor, last_features: torch.Tensor, embedding: torch.Tensor, slots: int
     ) -> torch.Tensor:
-        """The first ``slots`` inputs of each block.
+        """The first ``slots`` inputs of blocks of which only the anchors are known.
 
         Args:
             anchors: ``[blocks]`` ids of the last emitted tokens, which the target has not run yet.
@@ -168,15 +168,28 @@ class BlockDrafter(nn.Module):
         Returns:
             ``[blocks, slots, hidden]``.
         """
-        dtype = self.norm.weight.dtype
-        mask = embedding[self.config.mask_token_id].to(dtype)
-        anchor = F.embedding(anchors, embedding).to(dtype)[:, None]
-        x = torch.cat([anchor, mask.expand(len(anchors), slots - 1, -1)], dim=1)
+        tokens = F.pad(anchors[:, None], (0, slots - 1), value=self.config.mask_token_id)
+        bias = None if self.last_feature_proj is None else self.last_feature_proj(last_features)
+        return self.slot_inputs(tokens, torch.arange(slots, device=anchors.device).expand_as(tokens), bias, embedding)
+
+    def slot_inputs(
+        self, tokens: torch.Tensor, slots: torch.Tensor, bias: torch.Tensor | None, embedding: torch.Tensor
+    ) -> torch.Tensor:
+        """Inputs of any slots of a block.
+
+        Args:
+            tokens: ``[blocks, rows]`` int64: the anchor, an observed token or the mask token.
+            slots: ``[blocks, rows]`` int64, the logical slot of each row.
+            bias: ``[blocks, hidden]`` projected feature of the last verified token, or ``None``.
+            embedding: the target's ``[vocab, hidden]``.
+
+        Returns:
+            ``[blocks, rows, hidden]``.
+        """
+        x = F.embedding(tokens, embedding).to(self.norm.weight.dtype)
         if self.slot_embedding is not None:
-            x = x + self.slot_embedding[:slots]
-        if self.last_feature_proj is not None:
-            x = x + self.last_feature_proj(last_features)[:, None]
-        return x
+            x = x + self.slot_embedding[slots]
+        return x if bias is None else x + bias[:, None]
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Hidden states of the slots that predict, after the final norm.

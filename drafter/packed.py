@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from drafter.model import BlockDrafter, DrafterLayer
+from drafter.model import MarkovHead
 
 
 def can_pack(weight: torch.Tensor) -> bool:
@@ -38,12 +38,13 @@ class PackedLinear(nn.Module):
         return result.view(*x.shape[:-1], self._out)
 
 
-def pack_for_serving(model: BlockDrafter) -> None:
-    """Replace the model's linear layers by packed ones; it can neither be trained nor saved afterwards."""
-    for layer in model.layers:
-        assert isinstance(layer, DrafterLayer)
-        layer.context_proj = PackedLinear(layer.qkv_proj.weight[layer.q_size :])
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(child.weight))
+class PackedMarkovHead:
+    """``MarkovHead`` with its weights packed for serving."""
+
+    def __init__(self, head: MarkovHead):
+        self._previous = head.previous.weight.detach()
+        self._logits = PackedLinear(head.logits.weight)
+
+    def __call__(self, previous: torch.Tensor) -> torch.Tensor:
+        bias: torch.Tensor = self._logits(F.embedding(previous, self._previous))
+        return bias

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from cuda_ext.reference import block_attention, write_pages
+from cuda_ext import ops
 from drafter.checkpoint import Drafter, check_fits, load_drafter
-from drafter.head import DraftHead
+from drafter.serving import BlockContext, BlockRows, ServingDrafter
 from drafter.types import Drafts, PagedCacheSpec, TargetForward, TargetModel
 
 
@@ -31,9 +31,8 @@ class BlockDiffusionProposer:
     """
 
     def __init__(self, drafter: Drafter, max_draft_tokens: int, source: str):
-        self._drafter, self._model, self._source = drafter, drafter.model, source
-        self._max_draft_tokens = min(max_draft_tokens, drafter.model.config.num_draft_tokens)
-        self._pages: list[torch.Tensor] = []
+        self._drafter, self._config, self._source = drafter, drafter.model.config, source
+        self._max_draft_tokens = min(max_draft_tokens, self._config.num_draft_tokens)
         self._counters = DrafterCounters()
 
     @classmethod
@@ -43,26 +42,22 @@ class BlockDiffusionProposer:
 
     @property
     def hidden_state_layers(self) -> tuple[int, ...]:
-        return self._model.config.hidden_state_layers
+        return self._config.hidden_state_layers
 
     @property
     def max_draft_tokens(self) -> int:
         return self._max_draft_tokens
 
     def cache_bytes_per_token(self) -> int:
-        return self._model.config.cache_bytes_per_token
+        return self._config.cache_bytes_per_token
 
     def attach(self, target: TargetModel, cache: PagedCacheSpec) -> None:
         """Check that the drafter fits, share the target's embedding and head, allocate the pages."""
-        config = self._model.config
-        check_fits(config, target.shape, self._source)
-        self._embedding = target.embedding
-        self._head: DraftHead = self._drafter.pack(target)
-        shape = (cache.num_pages, 2, cache.page_size, config.num_kv_heads, config.head_dim)
-        self._pages = [torch.zeros(shape, device=cache.device) for _ in range(config.num_layers)]
+        check_fits(self._drafter.model.config, target.shape, self._source)
+        self._serving = ServingDrafter(self._drafter, target, cache)
 
     def page_tensors(self) -> list[torch.Tensor]:
-        return self._pages
+        return self._serving.pages
 
     @torch.inference_mode()
     def propose(self, forward: TargetForward) -> Drafts:
@@ -88,32 +83,32 @@ class BlockDiffusionProposer:
         raise ValueError(f"unknown command {name!r}: the drafter knows 'counters'")
 
     def _write_context(self, forward: TargetForward) -> torch.Tensor:
-        features = self._model.context_features(torch.cat(list(forward.hidden_states), dim=-1).to(torch.float32))
-        context = self._model.context_kv(features, forward.positions)
-        for pages, (key, value) in zip(self._pages, context, strict=True):
-            write_pages(pages, key, value, forward.slot_mapping)
+        hidden_states = torch.cat(list(forward.hidden_states), dim=-1).to(torch.float32)
+        features = self._serving.context_features(hidden_states)
+        self._serving.write_context(features, forward.positions, forward.slot_mapping)
         self._counters.context_tokens += len(features)
         return features
 
     def _denoise(
         self, forward: TargetForward, features: torch.Tensor, rows: list[int], wanted: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        config = self._model.config
+        config, device = self._config, features.device
         slots = wanted + config.block_size - config.num_draft_tokens if config.causal else config.block_size
-        device = features.device
         index = torch.tensor(rows, device=device)
-        context_lens = forward.context_lens[index]
+        lengths = forward.context_lens[index]
         first_rows = forward.row_starts[index]
-        last_rows = first_rows + context_lens - 1 - forward.positions[first_rows]
+        last_rows = first_rows + lengths - 1 - forward.positions[first_rows]
         anchors = torch.tensor([forward.sampled[r][-1] for r in rows], device=device)
-        offsets = torch.arange(slots, device=device)
-        visible = (offsets + 1 if config.causal else torch.full_like(offsets, slots)).expand(len(rows), -1)
-        block_table = forward.block_table[index]
-
-        def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            scale = config.head_dim**-0.5
-            return block_attention(query, key, value, self._pages[layer], block_table, context_lens, visible, scale)
-
-        inputs = self._model.block_inputs(anchors, features[last_rows], self._embedding, slots)
-        hidden = self._model(inputs, context_lens[:, None] + offsets, attend)
-        return self._head.walk(hidden[:, :wanted], anchors)
+        order, _, positions, visible = ops.partition_block(
+            torch.ones(len(rows), slots, dtype=torch.int32, device=device), lengths
+        )
+        if not config.causal:
+            visible = torch.full_like(visible, slots)
+        tokens = torch.full((len(rows), slots), config.mask_token_id, device=device)
+        tokens[:, 0] = anchors
+        inputs = self._serving.block_inputs(tokens, order, features[last_rows])
+        context = BlockContext(forward.block_table[index], lengths.to(torch.int32))
+        cache = self._serving.block_cache(len(rows), slots)
+        hidden = self._serving.run(inputs, BlockRows(positions, order, visible), context, cache)
+        first = slots - wanted if config.causal else slots - config.num_draft_tokens
+        return self._serving.head.walk(hidden[:, first : first + wanted], anchors)

@@ -135,22 +135,6 @@ def test_the_head_is_cut_to_the_draft_vocabulary() -> None:
     assert torch.equal(whole.weight, target.output_head.float()) and whole.token_ids is None and whole.markov is None
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["shift", "plain shift", "dflash"])
-@torch.inference_mode()
-def test_a_drafter_packed_for_serving_computes_the_same(config: DrafterConfig) -> None:
-    target, plain, packed = random_target(), random_drafter(config), random_drafter(config)
-    heads, anchors = (plain.head(target), packed.pack(target)), torch.arange(3)
-    hidden = torch.randn(3, 4, HIDDEN, generator=torch.Generator().manual_seed(1))
-    (tokens, survival), (packed_tokens, packed_survival) = (head.walk(hidden, anchors) for head in heads)
-    assert torch.equal(packed_tokens, tokens)
-    torch.testing.assert_close(packed_survival, survival)
-    features = hidden.flatten(0, 1)
-    states = torch.cat([features, features.flip(0)], dim=-1)
-    torch.testing.assert_close(packed.model.context_features(states), plain.model.context_features(states))
-    contexts = [drafter.model.context_kv(features, torch.arange(12)) for drafter in (packed, plain)]
-    torch.testing.assert_close(contexts[0], contexts[1])
-
-
 def test_saving_over_another_drafter_leaves_nothing_of_it(saved: Path) -> None:
     drafter = random_drafter(dflash_config())
     save_drafter(drafter, saved, torch.float32)

@@ -15,6 +15,7 @@ from drafter.align.train import StepReport, Trainer, TrainOptions, is_held_out, 
 from drafter.checkpoint import Drafter, load_drafter
 from drafter.config import DrafterConfig
 from drafter.proposer import BlockDiffusionProposer
+from drafter.serving import ServingDrafter
 from tests.drafter.simulated_engine import SimulatedEngine, Work
 from tests.drafter.tiny import HIDDEN, LAYERS, VOCAB, dflash_config, fill, random_drafter, shift_config, write_target
 
@@ -322,17 +323,26 @@ def test_the_history_of_no_run_is_empty(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", [CONFIG, dflash_config(), dflash_config(causal=True)], ids=str)
 @torch.inference_mode()
-def test_training_and_serving_compute_the_same_hidden_states(config: DrafterConfig) -> None:
-    trainee, drafter = random_drafter(config), random_drafter(config)
-    engine = SimulatedEngine(BlockDiffusionProposer(drafter, config.num_draft_tokens, "d"), num_pages=40)
+def test_training_and_serving_compute_the_same_hidden_states(
+    config: DrafterConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainee = random_drafter(config)
+    engine = SimulatedEngine(BlockDiffusionProposer(random_drafter(config), config.num_draft_tokens, "d"), num_pages=40)
     tokens = [(7 * i) % VOCAB for i in range(14)]
     hidden = {i: states.half() for i, states in engine.hidden_states(tokens).items()}
     answer, anchors = Answer(AnswerId("chat", 1, 0.0), 4, torch.tensor(tokens), hidden), [4, 7, 8, 12]
     batch = make_batch([answer], [torch.tensor(anchors)], config)
     trained = run_blocks(trainee.model, batch, engine.target.embedding)
     served: list[torch.Tensor] = []
-    drafter.model.register_forward_hook(lambda module, inputs, output: served.append(output))
+    run = ServingDrafter.run
+
+    def recording(self: ServingDrafter, *arguments: Any) -> torch.Tensor:
+        served.append(run(self, *arguments))
+        return served[-1]
+
+    monkeypatch.setattr(ServingDrafter, "run", recording)
     for anchor in anchors:
         engine.add(str(anchor), tokens[:anchor])
     engine.step({str(anchor): Work(emitted=[tokens[anchor]]) for anchor in anchors})
-    torch.testing.assert_close(served[0], trained, rtol=1e-4, atol=1e-5)
+    predicting = served[0][:, -config.num_draft_tokens :]
+    torch.testing.assert_close(predicting, trained, rtol=1e-4, atol=1e-5)
