@@ -4,8 +4,8 @@
 # make format  set up and format the sources
 # make clean   remove the virtual environment and caches; fetched models stay
 #
-# Every target sets up first: it makes .venv and installs into it; serve and test also fetch the default model. What
-# was done before takes no time, and what was interrupted goes on.
+# Every target sets up first: it makes .venv and installs into it; serve and test also compile the kernels, where there
+# is a C++ compiler, and fetch the default model. What was done before takes no time, and what was interrupted goes on.
 
 PORT ?= 8000
 ARGS ?=
@@ -20,12 +20,12 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
 
-.PHONY: serve test lint format setup model clean
+.PHONY: serve test lint format setup kernels model clean
 
-serve: setup
+serve: kernels
 	@exec $(BIN)/slipstream serve --server.port $(PORT) $(ARGS)
 
-test: lint model
+test: lint kernels model
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: setup
@@ -42,8 +42,11 @@ setup:
 		{ echo 'setup: error: Python 3.11 to 3.14 with venv is needed; give one with PYTHON=...' >&2; exit 1; }; \
 	exec $$python scripts/install.py --cpu-index $(CPU_INDEX)
 
+kernels: setup
+	@$(BIN)/python -m cuda_ext.build cpu --if-possible
+
 model: setup
 	@$(BIN)/python -m server.model_store
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv cuda_ext/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).parent / "csrc"
+BUILD_DESCRIPTION = Path(__file__).parent / "CMakeLists.txt"
 BUILT = Path(__file__).parent / "_build"
 CPU_OPERATORS = frozenset({"block_attention", "partition_block", "write_context", "append_block"})
 CUDA_OPERATORS = frozenset({"block_attention"})
@@ -20,18 +21,19 @@ class LoadedLibrary:
     description: str
 
 
-def fingerprint() -> str:
-    """Changes with the sources and with torch, so that a library built from others is never loaded."""
+def fingerprint(device: str) -> str:
+    """Changes with the sources for ``device`` and with torch, so that a library built from others is never loaded."""
     digest = hashlib.sha256(torch.__version__.encode())
-    for path in sorted(p for p in SOURCES.rglob("*") if p.is_file()):
-        digest.update(path.relative_to(SOURCES).as_posix().encode())
+    sources = [path for path in (SOURCES / device).rglob("*") if path.is_file()]
+    for path in [BUILD_DESCRIPTION, *sorted(sources)]:
+        digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def library_path(device: str) -> Path:
     """Where ``cuda_ext.build`` puts the library of ``cpu`` or ``cuda``."""
-    return BUILT / f"slipstream_{device}-{fingerprint()}.so"
+    return BUILT / f"slipstream_{device}-{fingerprint(device)}.so"
 
 
 def load(device: str) -> LoadedLibrary:
@@ -41,9 +43,9 @@ def load(device: str) -> LoadedLibrary:
     path = library_path(device)
     if not path.exists():
         older = any(BUILT.glob(f"slipstream_{device}-*.so"))
-        reason = "built from other sources" if older else "not built"
-        return LoadedLibrary(frozenset(), f"{reason}; run: python -m cuda_ext.build {device}")
+        reason = "built from other sources or for another torch" if older else "not built"
+        return LoadedLibrary(frozenset(), f"the library was {reason}; run: python -m cuda_ext.build {device}")
     torch.ops.load_library(str(path))
     if device == "cuda":
-        return LoadedLibrary(CUDA_OPERATORS, "compiled")
-    return LoadedLibrary(CPU_OPERATORS, f"compiled, using {torch.ops.slipstream.cpu_isa()}")
+        return LoadedLibrary(CUDA_OPERATORS, "never run by this project: no GPU was available")
+    return LoadedLibrary(CPU_OPERATORS, f"instruction set {torch.ops.slipstream.cpu_isa()}")

@@ -32,7 +32,7 @@ def code_paths(facts: Facts, settings: Settings) -> list[CodePath]:
     paths = [_engine(facts)]
     if facts.vllm.name == _CPU_BUILD:
         paths += [_cpu_kernels(facts), _openmp(facts), _allocator(facts)]
-    return [*paths, _number_format(facts, settings), _compilation(settings), *_decoding(settings)]
+    return [*paths, _number_format(facts, settings), _compilation(settings), *_decoding(facts, settings)]
 
 
 def problems(facts: Facts, settings: Settings) -> list[Problem]:
@@ -130,14 +130,23 @@ def _number_format(facts: Facts, settings: Settings) -> CodePath:
     return CodePath("numbers", dtype, f"model.dtype{caution}")
 
 
-def _decoding(settings: Settings) -> list[CodePath]:
+def _decoding(facts: Facts, settings: Settings) -> list[CodePath]:
     if not settings.speculation.enabled:
         return [CodePath("decoding", "plain, one token a step", "speculation.enabled is false")]
     drafts = f"block-diffusion drafts of up to {settings.speculation.max_draft_tokens} tokens"
     return [
         CodePath("decoding", drafts, "speculation.enabled is true"),
-        CodePath("draft attention", "torch operations", "there are no compiled kernels in this version"),
+        _drafter_kernels(facts),
     ]
+
+
+def _drafter_kernels(facts: Facts) -> CodePath:
+    if facts.kernels is None:
+        return CodePath("drafter kernels", "none", "torch does not import")
+    on_cpu = facts.vllm.name == _CPU_BUILD
+    reason = facts.kernels.cpu if on_cpu else facts.kernels.cuda
+    compiled = facts.kernels.cpu_compiled if on_cpu else facts.kernels.cuda_compiled
+    return CodePath("drafter kernels", "compiled" if compiled else "PyTorch operators, slower", reason)
 
 
 def _dotted(version: tuple[int, ...]) -> str:

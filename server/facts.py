@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as distribution_version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from server.drafter_store import resolve_drafter
 from server.errors import DrafterError, ModelError, SlipstreamError
@@ -18,6 +18,9 @@ from server.hardware import cpu_model_and_flags, find_openmp, find_tcmalloc, mem
 from server.model_fetch import KNOWN_MODELS
 from server.model_store import model_folder, model_problems, resolve_model
 from server.settings import Settings
+
+if TYPE_CHECKING:
+    from cuda_ext.ops import Kernels  # which imports torch: whether that works is one of the findings
 
 # vLLM asks for these; beside a CPU build of torch their ordinary wheels fail to import and take transformers along.
 MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
@@ -69,6 +72,7 @@ class Facts:
         memory_gib: total and available, ``None`` where unknown.
         openmp, tcmalloc: libraries that can be preloaded.
         compiler, nvcc: first line of their version; ``None`` when absent.
+        kernels: Slipstream's own; ``None`` when torch, which loads them, is not usable.
         cuda_device: name of the GPU that torch can use.
         drafter: ``None`` when speculation is off.
         refusals: why ``serve`` would turn these settings down although target and drafter are there.
@@ -85,6 +89,7 @@ class Facts:
     tcmalloc: str | None
     compiler: str | None
     nvcc: str | None
+    kernels: "Kernels | None"
     torch: Package
     cuda_device: str | None
     transformers: Package
@@ -117,6 +122,7 @@ def gather(settings: Settings, *, verify: bool) -> Facts:
         tcmalloc=_text(find_tcmalloc()),
         compiler=_first_line("c++", "g++", "clang++"),
         nvcc=_nvcc(),
+        kernels=_kernels() if torch.usable else None,
         torch=torch,
         cuda_device=_cuda_device(torch_module),
         transformers=_import("transformers")[1],
@@ -173,6 +179,12 @@ def _first_line(*programs: str, choose: Callable[[list[str]], str] = lambda line
 
 def _nvcc() -> str | None:
     return _first_line("nvcc", choose=lambda lines: next((line for line in lines if "release" in line), lines[0]))
+
+
+def _kernels() -> "Kernels":
+    from cuda_ext import ops
+
+    return ops.kernels()
 
 
 def _target(settings: Settings, verify: bool) -> Artefact:

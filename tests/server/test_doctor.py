@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cuda_ext.ops import Kernels
 from server.commands.doctor import report
 from server.diagnosis import VLLM_VERSION, code_paths, problems
 from server.facts import Artefact, Facts, Package
@@ -26,6 +27,7 @@ HEALTHY = Facts(
     tcmalloc="/usr/lib/libtcmalloc_minimal.so.4",
     compiler="c++ 12.2.0",
     nvcc=None,
+    kernels=Kernels("instruction set avx2", "this torch has no CUDA", True, False),
     torch=Package("torch", "2.13.0+cpu"),
     cuda_device=None,
     transformers=Package("transformers", "5.19.0"),
@@ -124,6 +126,15 @@ def test_nothing_is_said_about_preloading_on_a_gpu() -> None:
     paths = choices(vllm=Package("vllm", VLLM_VERSION), cuda_device="Some GPU")
     assert paths["engine"][0] == "vLLM 0.32.0 on CUDA"
     assert not {"threads", "memory", "CPU kernels"} & set(paths)
+
+
+def test_the_drafters_kernels_are_named() -> None:
+    assert choices()["drafter kernels"] == ("compiled", "instruction set avx2")
+    missing = Kernels("the library was not built; run: x", "this torch has no CUDA", False, False)
+    assert choices(kernels=missing)["drafter kernels"] == ("PyTorch operators, slower", missing.cpu)
+    on_cuda = choices(kernels=missing, vllm=Package("vllm", VLLM_VERSION))
+    assert on_cuda["drafter kernels"] == ("PyTorch operators, slower", missing.cuda)
+    assert choices(kernels=None)["drafter kernels"][0] == "none"
 
 
 def test_decoding_follows_from_the_settings() -> None:

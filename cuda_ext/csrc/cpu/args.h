@@ -1,0 +1,67 @@
+// What the CPU kernels are given: plain pointers, sizes and strides, nothing of torch.
+//
+// This header is included by translation units that are compiled for different instruction sets. It must hold no
+// functions: the linker keeps one copy of an inline function, and that copy could be the one with AVX-512 in it.
+#pragma once
+
+#include <cstdint>
+
+namespace slipstream {
+
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+// Rows of `head_dim` contiguous elements; strides are in elements.
+struct Rows {
+  void* data;
+  DType dtype;
+  int64_t outer, middle, head;  // [requests, slots, heads], [pages, page_size, heads] or [1, tokens, heads]
+};
+
+struct AttentionArgs {
+  Rows query, block_key, block_value, key_cache, value_cache, output;
+  const int32_t* block_tables;
+  int64_t block_table_stride;
+  const int32_t* context_lens;
+  const int32_t* visible;  // [requests, queries], contiguous
+  int64_t queries, slots, kv_heads, group, head_dim, page_size;
+  float scale;
+};
+
+// Context tokens that one task reads. Fixed, so that a row's result never depends on what else is computed.
+inline constexpr int64_t kChunk = 256;
+
+// Some kv heads of one chunk of one request. The last chunk also takes the draft slots. A task either finishes its
+// rows (`partials` is null) or leaves for each of its heads, `partial_stride` floats apart, and for each row of the head
+// maximum, sum and `head_dim` unnormalised outputs.
+struct AttentionTask {
+  int64_t request, first_head, heads, chunk;
+  bool last;
+  float* partials;
+  int64_t partial_stride;
+};
+
+struct RotaryArgs {
+  const float* norm;   // [head_dim], or null
+  float eps;
+  const float* table;  // [positions, 2, head_dim]
+  int64_t head_dim;
+};
+
+// The kernels of one instruction set. Row pointers are to `head_dim` contiguous elements.
+struct Kernels {
+  const char* name;
+  int64_t (*scratch_floats)(const AttentionArgs&);  // of a task with all kv heads
+  void (*attend)(const AttentionArgs&, const AttentionTask&, float* scratch);
+  void (*combine)(const AttentionArgs&, int64_t request, int64_t kv_head, const float* partials, int64_t chunks);
+  // Norm and rotate one row from `source` into `target`.
+  void (*rotate)(const RotaryArgs&, int64_t position, const void* source, DType from, void* target, DType to);
+  void (*copy)(const void* source, DType from, void* target, DType to, int64_t head_dim);
+};
+
+extern const Kernels kScalarKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+}  // namespace slipstream

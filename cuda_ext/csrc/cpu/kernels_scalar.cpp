@@ -1,0 +1,11 @@
+// The kernels compiled for one instruction set; the flags come from CMakeLists.txt.
+#define SLIPSTREAM_ISA scalar
+
+#include "block_attention.h"
+#include "rotary.h"
+
+namespace slipstream {
+const Kernels kScalarKernels = {
+    "scalar", scalar::scratch_floats, scalar::attend, scalar::combine, scalar::rotate, scalar::copy,
+};
+}  // namespace slipstream
