@@ -1,18 +1,19 @@
 """The ``slipstream bench`` command: several ways of decoding one model, side by side, over the same prompts."""
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from bench.arguments import check_positive, existing_folder, output_file, whole_numbers
 from bench.errors import BenchError
 from bench.methods import METHODS, EngineSettings, Method, find_methods
 from bench.prompts import load_prompts
 from bench.report import Report
 from bench.runner import BenchOptions, run_benchmark
-from bench.terminal import make_display, render_table
+from bench.terminal import make_display, render_settings, render_table
+from bench.variants import variant_methods
 
 __all__ = ["DEFAULT_MODEL", "add_arguments", "run"]
 
@@ -31,6 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=",".join(METHODS),
         metavar="A,B",
         help="; ".join(f"{method.name}: {method.summary}" for method in METHODS.values()) + "; default %(default)s",
+    )
+    what.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME:SETTINGS",
+        help="one more method: our engine with drafting on and these settings, as in "
+        '--variant "short drafts:speculation.max_draft_tokens=2,speculation.survival_floor=0"; may be repeated',
     )
     what.add_argument(
         "--prompts", required=True, metavar="FILE", help='one JSON object a line: {"category": ..., "prompt": ...}'
@@ -127,22 +136,23 @@ def run(args: argparse.Namespace, methods: Mapping[str, Method] = METHODS) -> in
 
 def _options(args: argparse.Namespace, methods: Mapping[str, Method]) -> BenchOptions:
     """Check everything that can be checked before minutes are spent on starting engines."""
-    chosen = find_methods(args.methods, methods)
-    concurrencies = _concurrencies(args.concurrency)
+    variants = variant_methods(args.variant, methods)
+    chosen = find_methods(args.methods, methods) if args.methods.strip() or not variants else ()
+    concurrencies = whole_numbers("--concurrency", args.concurrency)
     for name in (
         *("max_tokens", "repeats", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
         *("kv_cache_gib", "startup_timeout"),
     ):
-        _check_positive(name, getattr(args, name))
+        check_positive(name, getattr(args, name))
     if args.limit is not None:
-        _check_positive("limit", args.limit)
+        check_positive("limit", args.limit)
     if not 0 <= args.temperature <= 2:
         raise BenchError(f"--temperature {args.temperature:g} is not between 0 and 2")
     if args.seed < 0:
         raise BenchError(f"--seed {args.seed} is negative")
     prompts = load_prompts(Path(args.prompts).expanduser(), args.limit)
     return BenchOptions(
-        methods=chosen,
+        methods=(*chosen, *variants),
         prompts=prompts,
         concurrencies=concurrencies,
         max_tokens=args.max_tokens,
@@ -150,10 +160,10 @@ def _options(args: argparse.Namespace, methods: Mapping[str, Method]) -> BenchOp
         repeats=args.repeats,
         seed=args.seed,
         prefix_cache=args.prefix_cache,
-        output=_output_file(args.output),
-        logs=_folder(args.logs) if args.logs else None,
+        output=output_file(args.output),
+        logs=existing_folder(args.logs) if args.logs else None,
         startup_timeout=args.startup_timeout,
-        command=(Path(sys.argv[0]).name, *sys.argv[1:]),
+        command=_recorded_command(args.prompts),
         engine=EngineSettings(  # last: it may fetch and convert the model
             model=_model_folder(args.model),
             dtype=args.dtype,
@@ -168,37 +178,11 @@ def _options(args: argparse.Namespace, methods: Mapping[str, Method]) -> BenchOp
     )
 
 
-def _concurrencies(text: str) -> tuple[int, ...]:
-    numbers = []
-    for part in text.split(","):
-        if not part.strip().isdecimal() or int(part) < 1:
-            raise BenchError(f'--concurrency {text}: "{part.strip()}" is not a whole number above 0')
-        numbers.append(int(part))
-    if len(set(numbers)) < len(numbers):
-        raise BenchError(f"--concurrency {text}: a number is given twice")
-    return tuple(numbers)
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0 or not math.isfinite(value):
-        raise BenchError(f"--{name.replace('_', '-')} {value:g} is not above 0")
-
-
-def _output_file(text: str) -> Path:
-    path = Path(text).expanduser().absolute()
-    if path.is_dir():
-        raise BenchError(f"the output {text} is a folder; name a file in it")
-    _folder(str(path.parent))
-    return path
-
-
-def _folder(text: str) -> Path:
-    path = Path(text).expanduser().absolute()
-    if not path.is_dir():
-        raise BenchError(f"the folder {path} does not exist")
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise BenchError(f"the folder {path} is not writable")
-    return path
+def _recorded_command(prompts: str) -> tuple[str, ...]:
+    """The command line for the report, which is published: without the folders of this machine's files."""
+    name = Path(prompts).name
+    plain = {prompts: name, f"--prompts={prompts}": f"--prompts={name}"}
+    return (Path(sys.argv[0]).name, *(plain.get(word, word) for word in sys.argv[1:]))
 
 
 def _model_folder(source: str) -> Path:
@@ -219,6 +203,7 @@ def _model_folder(source: str) -> Path:
 def _print_report(report: Report, output: Path) -> None:
     if report.rows:
         print(render_table(report.rows))
+        print(render_settings(report.methods), end="")
     for failure in report.failures:
         print(f"failed: {failure.method} ({failure.stage}): {failure.message}", file=sys.stderr)
         for line in failure.log_tail:

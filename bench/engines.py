@@ -75,6 +75,7 @@ class EnginePool:
         self._startup_timeout = startup_timeout
         self._guard = SessionGuard()
         self._processes: list[EngineProcess] = []
+        self._log_names: set[str] = set()
 
     def __enter__(self) -> "EnginePool":
         self._guard.__enter__()
@@ -96,7 +97,7 @@ class EnginePool:
         began = time.monotonic()
         try:
             with self._interrupts.deferred():
-                process = EngineProcess(launch, self._logs / f"{_file_name(method.name)}.log")
+                process = EngineProcess(launch, self._log_file(method.name))
                 self._processes.append(process)
                 self._guard.add(process.session)
         except OSError as error:
@@ -118,6 +119,16 @@ class EnginePool:
         """Stop an engine for good."""
         with self._interrupts.deferred():
             self._stop([process], hurry=lambda: self._interrupts.pending)
+
+    def _log_file(self, method: str) -> Path:
+        """A file of its own for each engine, also where names differ only in what file names cannot hold."""
+        plain = name = _file_name(method)
+        number = 1
+        while name in self._log_names:
+            number += 1
+            name = f"{plain}-{number}"
+        self._log_names.add(name)
+        return self._logs / f"{name}.log"
 
     def _freeze_others(self, focused: EngineProcess | None) -> None:
         for process in self._processes:

@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Machine", "describe_machine"]
+__all__ = ["Machine", "describe_machine", "last_level_cache_bytes"]
 
 _FEATURES = (
     *("fma", "f16c", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
@@ -61,6 +61,24 @@ def describe_machine() -> Machine:
         slipstream=_version("slipstream"),
         git_commit=_git_commit(Path(__file__).parent),
     )
+
+
+def last_level_cache_bytes(cpus: Path = Path("/sys/devices/system/cpu")) -> int | None:
+    """Size of the outermost caches of all cores together, bytes; ``None`` where the system does not say.
+
+    Args:
+        cpus: where Linux describes the cores.
+    """
+    sizes: dict[tuple[int, str], int] = {}
+    for entry in cpus.glob("cpu[0-9]*/cache/index*"):
+        try:
+            level, size, shared = ((entry / name).read_text().strip() for name in ("level", "size", "shared_cpu_list"))
+            # Cores that share a cache all describe the same one.
+            sizes[int(level), shared] = int(size.removesuffix("K")) * 1024
+        except (OSError, ValueError):
+            continue
+    outermost = max((level for level, _ in sizes), default=None)
+    return sum(size for (level, _), size in sizes.items() if level == outermost) if sizes else None
 
 
 def _processor() -> tuple[str, frozenset[str]]:

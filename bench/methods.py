@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.errors import BenchError
 
-__all__ = ["METHODS", "EngineSettings", "Launch", "Method", "cpu_environment", "find_methods"]
+__all__ = ["METHODS", "EngineSettings", "Launch", "Method", "cpu_environment", "find_methods", "settings_text"]
 
 LOOPBACK = "127.0.0.1"
 
@@ -71,12 +71,19 @@ class Method:
         summary: one line for people.
         launch: the engine's command for the shared settings and a TCP port on loopback.
         plain: it decodes one token per step by definition, so nobody has to ask it for counters.
+        settings: of a variant, what makes it differ from ``slipstream``, by ``section.name``.
     """
 
     name: str
     summary: str
     launch: Callable[[EngineSettings, int], Launch]
     plain: bool = False
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """Its name and, of a variant, its settings."""
+        return f"{self.name} ({settings_text(self.settings)})" if self.settings else self.name
 
 
 def cpu_environment(
@@ -108,6 +115,11 @@ def cpu_environment(
     if preload:
         environment["LD_PRELOAD"] = ":".join(preload)
     return environment
+
+
+def settings_text(settings: Mapping[str, str]) -> str:
+    """Settings as people type them: ``section.name=value, section.name=value``."""
+    return ", ".join(f"{key}={value}" for key, value in settings.items())
 
 
 def find_methods(names: str, known: Mapping[str, Method]) -> tuple[Method, ...]:

@@ -19,12 +19,12 @@ class PromptFile:
     """The prompts of one report.
 
     Attributes:
-        path: where they came from, as given.
+        name: of the file, without its folder.
         sha256: digest of the whole file, hexadecimal, so that two reports can be known to share their prompts.
         categories: the prompts of each category, categories and prompts in the order of the file.
     """
 
-    path: str
+    name: str
     sha256: str
     categories: Mapping[str, tuple[str, ...]]
 
@@ -59,7 +59,7 @@ def load_prompts(path: Path, limit: int | None = None) -> PromptFile:
     if not categories:
         raise BenchError(f"the prompt file {path} has no prompts")
     return PromptFile(
-        path=str(path),
+        name=path.name,
         sha256=hashlib.sha256(raw).hexdigest(),
         categories={category: tuple(prompts) for category, prompts in categories.items()},
     )

@@ -39,7 +39,8 @@ def benchmark_section(report: Report, source: str) -> str:
         "",
         f"{report.machine.cpu}, {report.machine.cores} cores; {settings.dtype} weights, "
         f"temperature {settings.temperature:g}, answers of up to {settings.max_tokens} tokens, medians of "
-        f"{settings.repeats} alternating repeats. `vllm` is unmodified vLLM, `ar` our engine with drafting off.",
+        f"{settings.repeats} alternating repeats. `vllm` is unmodified vLLM, `ar` our engine with drafting off."
+        + "".join(f" `{method.name}` is {method.summary}." for method in report.methods if method.settings),
         "",
         f"| {' | '.join(_COLUMNS)} |",
         "|---" * len(_COLUMNS) + "|",
@@ -67,7 +68,7 @@ def _line(row: Row) -> str:
     cells = [
         str(row.concurrency),
         row.category,
-        row.method,
+        _cell(row.method),
         _number(row.tokens_per_second, 1),
         _number(row.speed_vs_vllm, 2),
         _number(row.speed_vs_ar, 2),
@@ -75,6 +76,11 @@ def _line(row: Row) -> str:
         "" if row.identical_fraction is None else f"{row.identical_fraction:.0%}",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _cell(text: str) -> str:
+    """Text that a person chose, as a cell of a table."""
+    return text.replace("|", "\\|")
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -25,14 +25,13 @@ How to read the numbers:
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from bench.errors import BenchError, Stage
+from bench.json_file import write_json
 from bench.machine import Machine
 
 __all__ = [
@@ -62,7 +61,7 @@ class Settings:
         model: folder of the target.
         dtype, max_model_len, max_num_seqs, max_num_batched_tokens, block_size, kv_cache_gib, vllm_args, engine_args:
             see ``bench.methods.EngineSettings``.
-        prompts, prompts_sha256: the prompt file and its digest.
+        prompts, prompts_sha256: name of the prompt file, without its folder, and its digest.
         prompts_per_category: how many prompts of each category were used.
         concurrencies: requests in flight at the same time, one block of rows each.
         max_tokens: longest answer, tokens.
@@ -101,6 +100,7 @@ class MethodEntry:
         command: its engine's command line.
         environment: variables that were added for it, and inherited ones that engines listen to; no secrets.
         startup_seconds: from starting the process to its being ready, without warm-up; ``null`` if it never was.
+        settings: of a variant, what makes it differ from ``slipstream``, by ``section.name``; empty for others.
     """
 
     name: str
@@ -108,6 +108,7 @@ class MethodEntry:
     command: tuple[str, ...]
     environment: Mapping[str, str]
     startup_seconds: float | None
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,22 +216,7 @@ def write_report(report: Report, path: Path) -> None:
         BenchError: the file cannot be written.
     """
     plain = asdict(report)
-    ordered = {"schema_version": plain.pop("schema_version"), **plain}
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            json.dump(ordered, file, indent=2, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
-        temporary.chmod(0o666 & ~_umask())  # temporary files are private; a report need not be
-        os.replace(temporary, path)
-    except OSError as error:
-        raise BenchError(f"cannot write the report {path}: {error.strerror}") from error
-    finally:
-        if temporary:
-            temporary.unlink(missing_ok=True)
+    write_json({"schema_version": plain.pop("schema_version"), **plain}, path)
 
 
 def read_report(path: Path) -> Report:
@@ -263,11 +249,5 @@ def read_report(path: Path) -> Report:
 
 
 def _from_plain(part: type[_Part], plain: Mapping[str, Any]) -> _Part:
-    known = {field.name for field in fields(part)}  # type: ignore[arg-type]  # only dataclasses are passed
+    known = {attribute.name for attribute in fields(part)}  # type: ignore[arg-type]  # only dataclasses are passed
     return part(**{k: tuple(v) if isinstance(v, list) else v for k, v in plain.items() if k in known})
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

@@ -115,7 +115,7 @@ class _Benchmark:
 
     def _start_engines(self, pool: EnginePool) -> None:
         for number, method in enumerate(self._options.methods, start=1):
-            self._display.note(f"{method.name}: starting ({number} of {len(self._options.methods)})")
+            self._display.note(f"{method.title}: starting ({number} of {len(self._options.methods)})")
             try:
                 engine = self._start(pool, method)
             except EngineError as failure:
@@ -225,7 +225,7 @@ class _Benchmark:
         return Report(
             complete=complete,
             created=self._created,
-            command=options.command,
+            command=tuple(map(_portable, options.command)),
             machine=self._machine,
             settings=Settings(
                 model=_portable(str(engine.model)),
@@ -237,7 +237,7 @@ class _Benchmark:
                 kv_cache_gib=engine.kv_cache_gib,
                 vllm_args=engine.vllm_args,
                 engine_args=engine.engine_args,
-                prompts=options.prompts.path,
+                prompts=options.prompts.name,
                 prompts_sha256=options.prompts.sha256,
                 prompts_per_category={name: len(some) for name, some in options.prompts.categories.items()},
                 concurrencies=options.concurrencies,
@@ -274,10 +274,11 @@ def _entry(method: Method, launch: Launch) -> MethodEntry:
     environment = {**{name: value for name, value in os.environ.items() if _matters(name)}, **launch.environment}
     return MethodEntry(
         name=method.name,
-        summary=method.summary,
+        summary=_portable(method.summary),
         command=tuple("python" if part == sys.executable else _portable(part) for part in launch.command),
         environment={name: _portable(value) for name, value in sorted(environment.items())},
         startup_seconds=None,
+        settings={key: _portable(value) for key, value in method.settings.items()},
     )
 
 

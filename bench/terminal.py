@@ -5,11 +5,12 @@ import time
 from collections.abc import Sequence
 from typing import IO, Protocol
 
+from bench.methods import settings_text
 from bench.plan import Cell
 from bench.prompts import ALL_CATEGORIES
-from bench.report import Row
+from bench.report import MethodEntry, Row
 
-__all__ = ["Display", "PlainDisplay", "make_display", "render_table"]
+__all__ = ["Display", "PlainDisplay", "align_columns", "make_display", "render_settings", "render_table"]
 
 _HEADER = (
     *("method", "at once", "category", "tokens/s", "vs vllm", "vs ar"),
@@ -137,11 +138,20 @@ def make_display(stream: IO[str] | None = None) -> Display:
 
 def render_table(rows: Sequence[Row]) -> str:
     """The rows as aligned plain text, one line each below a header."""
-    lines = [_HEADER, *(_table_row(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
+    return align_columns([_HEADER, *(_table_row(row) for row in rows)], _NUMBERS_FROM)
+
+
+def render_settings(methods: Sequence[MethodEntry]) -> str:
+    """What the variants in a table are, a line each; empty without variants."""
+    return "".join(f"{method.name}: {settings_text(method.settings)}\n" for method in methods if method.settings)
+
+
+def align_columns(lines: Sequence[Sequence[str]], numbers_from: int) -> str:
+    """Lines of cells as plain text; columns from ``numbers_from`` on are aligned to the right."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(
-            text.rjust(width) if column >= _NUMBERS_FROM else text.ljust(width)
+            text.rjust(width) if column >= numbers_from else text.ljust(width)
             for column, (text, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines

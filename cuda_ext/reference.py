@@ -61,7 +61,7 @@ def block_attention(
     output = F.scaled_dot_product_attention(
         query.transpose(1, 2), key, value, attn_mask=mask, scale=scale, enable_gqa=heads != kv_heads
     )
-    return output.masked_fill(~mask.any(dim=3)[..., None], 0).transpose(1, 2)
+    return output.masked_fill(~mask.any(dim=3)[..., None], 0).transpose(1, 2).contiguous()
 
 
 def partition_block(

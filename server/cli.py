@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": "serve a model through the OpenAI API, with the drafter on",
     "align": "train a drafter for a target on the target's own answers",
     "bench": "measure decoding methods side by side over the same prompts",
+    "bench-kernels": "measure the attention operator beside gathering pages and PyTorch's own attention",
     "doctor": "say what was found on this machine and which code paths will be used",
 }
 
@@ -87,7 +88,7 @@ def version() -> str:
 
 
 def _load(name: str) -> Command:
-    return cast(Command, importlib.import_module(f"server.commands.{name}"))
+    return cast(Command, importlib.import_module(f"server.commands.{name.replace('-', '_')}"))
 
 
 if __name__ == "__main__":

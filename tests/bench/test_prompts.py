@@ -26,7 +26,7 @@ def test_categories_and_prompts_keep_the_order_of_the_file(tmp_path: Path) -> No
     prompts = load_prompts(path)
     assert list(prompts.categories.items()) == [("code", ("b", "a")), ("chat", ("a",))]
     assert prompts.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert prompts.path == str(path)
+    assert prompts.name == "prompts.jsonl"
 
 
 def test_limit_counts_for_each_category(tmp_path: Path) -> None:

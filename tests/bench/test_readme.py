@@ -1,5 +1,6 @@
 """The README's table comes from a report and from nowhere else."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,12 @@ def test_section_has_a_line_for_every_method_and_names_machine_and_command() -> 
     assert [line.split(" | ")[2] for line in lines if " | all | " in line] == ["vllm", "ar", "slipstream"]
     assert "a CPU, 2 cores" in section and "`slipstream bench`" in section
     assert "[docs/report.json](docs/report.json)" in section
+    assert "`ar` our engine with drafting off. `short` is our engine with a.b=1.\n" in section
+
+
+def test_a_name_cannot_break_the_table() -> None:
+    row = replace(report().rows[0], method="a|b", category="all")
+    assert "| a\\|b |" in benchmark_section(replace(report(), rows=(row,)), "report.json")
 
 
 def test_only_what_is_between_the_markers_changes() -> None:

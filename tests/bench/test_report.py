@@ -41,7 +41,10 @@ def report() -> Report:
             seed=0,
             prefix_cache="cold",
         ),
-        methods=(MethodEntry("ar", "plain", ("python", "-m", "x"), {"LD_PRELOAD": "y"}, 1.5),),
+        methods=(
+            MethodEntry("ar", "plain", ("python", "-m", "x"), {"LD_PRELOAD": "y"}, 1.5),
+            MethodEntry("short", "our engine with a.b=1", ("python",), {}, None, {"a.b": "1", "c.d": "x"}),
+        ),
         rows=build_rows(cells, tuple(METHODS.values()), ("math",), "float32", greedy=True),
         failures=(Failure("vllm", "start", "no", ("last", "lines")),),
     )
@@ -87,6 +90,9 @@ def test_keys_of_later_versions_are_ignored_and_other_schemas_refused(tmp_path: 
     plain["more"] = {}
     path.write_text(json.dumps(plain))
     assert read_report(path) == report()
+    del plain["methods"][0]["settings"]
+    path.write_text(json.dumps(plain))
+    assert read_report(path) == report(), "reports from before there were variants"
     path.write_text(json.dumps({**plain, "schema_version": 2}))
     with pytest.raises(BenchError, match="schema version 2, this program reads 1"):
         read_report(path)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from bench.plan import Cell
-from bench.terminal import LiveDisplay, PlainDisplay, duration, make_display, render_table
+from bench.terminal import LiveDisplay, PlainDisplay, duration, make_display, render_settings, render_table
 from tests.bench.test_report import report
 
 ROWS = report().rows
@@ -21,6 +21,11 @@ def test_the_table_is_aligned_and_says_what_is_unknown() -> None:
     assert second.endswith("all")
     assert " -  " in first
     assert len(header) == max(len(header), len(first))
+
+
+def test_variants_are_explained() -> None:
+    assert render_settings(report().methods) == "short: a.b=1, c.d=x\n"
+    assert render_settings(report().methods[:1]) == ""
 
 
 def test_plain_lines_without_a_terminal() -> None:

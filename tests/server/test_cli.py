@@ -1,3 +1,4 @@
+import re
 import resource
 import subprocess
 import sys
@@ -29,8 +30,8 @@ def test_help_lists_the_commands_and_takes_no_time(slipstream: RunCommand) -> No
     result = slipstream("--help")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.returncode == 0
-    for command in ("serve", "align", "bench", "doctor"):
-        assert f"\n    {command} " in result.stdout
+    for command in ("serve", "align", "bench", "bench-kernels", "doctor"):
+        assert re.search(rf"^    {command}\s", result.stdout, re.MULTILINE)
     # Processor time, since the machine may be busy.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
@@ -67,7 +68,7 @@ def test_version(slipstream: RunCommand) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "a command is needed: serve, align, bench, doctor (see slipstream --help)"),
+        ([], "a command is needed: serve, align, bench, bench-kernels, doctor (see slipstream --help)"),
         (["--verbose"], "unknown flag --verbose; nearest known flag: --version, print the version and exit"),
         (["srve"], "argument COMMAND: invalid choice: 'srve'"),
         (["serve", "extra"], "unexpected argument 'extra' (see slipstream serve --help)"),
@@ -79,6 +80,8 @@ def test_version(slipstream: RunCommand) -> None:
         (["serve", "--server.port"], "argument --server.port: expected one argument (see slipstream serve --help)"),
         (["serve", "--server.port", "99999"], "flag --server.port: server.port = '99999' is not allowed"),
         (["serve", "--config", "nosuch"], "--config nosuch: no such file, and no such preset"),
+        (["bench-kernels", "--head", "9"], "unknown flag --head (value '9'); nearest known flag: --heads"),
+        (["bench-kernels", "--kv-heads", "2"], "--heads 9 is not a multiple of --kv-heads 2"),
         (["doctor", "--engine.block_size", "x"], "engine.block_size = 'x' is not allowed"),
     ],
 )

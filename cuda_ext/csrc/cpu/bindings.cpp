@@ -228,7 +228,7 @@ Tensor append_block(const Tensor& qkv, const std::optional<Tensor>& query_norm, 
   check_shape(places, "places", {requests, queries});
   check_index(positions, "positions", ScalarType::Long);
   check_index(places, "places", ScalarType::Long);
-  RotaryArgs for_query = rotary_args(query_norm, "query_norm", eps, rotary_table, head_dim);
+  const RotaryArgs for_query = rotary_args(query_norm, "query_norm", eps, rotary_table, head_dim);
   const RotaryArgs for_key = rotary_args(key_norm, "key_norm", eps, rotary_table, head_dim);
   check_positions(positions, rotary_table);
   Tensor query = torch::stable::new_empty(qkv, {requests, queries, heads, head_dim});
@@ -240,9 +240,11 @@ Tensor append_block(const Tensor& qkv, const std::optional<Tensor>& query_norm, 
   const int64_t* const place = static_cast<const int64_t*>(places.const_data_ptr());
   const Kernels& isa = kernels();
   for (int64_t i = 0; i < requests * queries; ++i) {
+    STD_TORCH_CHECK(place[i] < slots, "places[", i / queries, ", ", i % queries, "] is ", place[i],
+                    ", expected less than ", slots, ", the slots of block_key");
+  }
+  for (int64_t i = 0; i < requests * queries; ++i) {
     const int64_t r = i / queries, q = i % queries;
-    STD_TORCH_CHECK(place[i] < slots, "places[", r, ", ", q, "] is ", place[i], ", expected less than ", slots,
-                    ", the slots of block_key");
     for (int64_t h = 0; h < heads; ++h) {
       isa.rotate(for_query, position[i], row_at(source, r, q, h), dtype, row_at(to_query, r, q, h), dtype);
     }

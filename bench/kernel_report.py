@@ -1,0 +1,184 @@
+"""The report of ``slipstream bench-kernels``: a JSON file with a public schema, and the same as text.
+
+The file holds one object, ``KernelReport``; every attribute is a key of the same name. It is written again after every
+case, always whole. Times are in seconds, 1 GB is 10^9 bytes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bench.json_file import write_json
+from bench.machine import Machine
+from bench.terminal import align_columns
+
+__all__ = ["Comparison", "KernelReport", "KernelRow", "KernelShape", "LeftOut", "render_report", "write_kernel_report"]
+
+SCHEMA_VERSION = 1
+
+_HEADER = (
+    *("context", "requests", "operator, ms", "gather + SDPA, ms", "faster by", "kept buffers, ms", "faster by"),
+    *("K/V read, MB", "GB/s", "of memory"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelShape:
+    """What all cases share: attention of ``slots`` draft slots with ``heads`` heads of ``head_dim`` numbers of format
+    ``dtype``, of which groups share ``kv_heads`` keys and values, over pages of ``page_size`` tokens.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    slots: int
+    page_size: int
+    dtype: str
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token."""
+        return 2 * self.kv_heads * self.head_dim * (4 if self.dtype == "float32" else 2)
+
+    def pages(self, context: int) -> int:
+        """Pages that a context of this many tokens fills."""
+        return -(-context // self.page_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Something else beside the operator.
+
+    Attributes:
+        seconds: median of its runs.
+        speedup, speedup_spread: median of the ratios of neighbouring runs, above 1 where the operator is faster;
+            smallest and largest.
+    """
+
+    seconds: float
+    speedup: float
+    speedup_spread: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class KernelRow:
+    """One case.
+
+    Attributes:
+        context, requests: tokens before each block, and requests in the batch.
+        operator_seconds: median of the operator's runs.
+        sdpa: gathering the pages and ``torch.nn.functional.scaled_dot_product_attention`` over what was gathered, as
+            one would write it.
+        buffered_sdpa: the same with everything that can be done without a kernel: buffers that are kept from call to
+            call, and no repeated keys.
+        kv_bytes: keys and values that one run has to read, of context and blocks.
+        gb_per_second: what the operator reads.
+        bandwidth_share: that, over what the memory gives in a plain sum with as many threads.
+        largest_difference: between the operator's result and the others'.
+    """
+
+    context: int
+    requests: int
+    operator_seconds: float
+    sdpa: Comparison
+    buffered_sdpa: Comparison
+    kv_bytes: int
+    gb_per_second: float
+    bandwidth_share: float
+    largest_difference: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A case that was not measured, and why."""
+
+    context: int
+    requests: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class KernelReport:
+    """A whole report.
+
+    Attributes:
+        complete: all cases were measured or are among those left out.
+        created: when the measurement was started, UTC, ISO 8601.
+        command: the command line that made it.
+        machine: what it was measured on.
+        operator: what runs the operator on the CPU.
+        operator_compiled: ``false`` where the operator is its PyTorch definition, which is not meant to be fast.
+        shape: what all cases share.
+        threads: that torch was given.
+        repeats: runs of each in each case.
+        memory_gb_per_second: read by summing up a buffer that fits into no cache, best of several runs.
+        cache_bytes: of the outermost caches; ``null`` where unknown.
+        rows, left_out: the cases.
+    """
+
+    complete: bool
+    created: str
+    command: tuple[str, ...]
+    machine: Machine
+    operator: str
+    operator_compiled: bool
+    shape: KernelShape
+    threads: int
+    repeats: int
+    memory_gb_per_second: float
+    cache_bytes: int | None
+    rows: tuple[KernelRow, ...]
+    left_out: tuple[LeftOut, ...]
+    schema_version: int = SCHEMA_VERSION
+
+
+def write_kernel_report(report: KernelReport, path: Path) -> None:
+    """Write a report in one step; raises ``BenchError`` where that is not possible."""
+    plain = asdict(report)
+    write_json({"schema_version": plain.pop("schema_version"), **plain}, path)
+
+
+def render_report(report: KernelReport) -> str:
+    """The report as lines of text: what was measured, and the rows as a table."""
+    return "\n".join(_lines(report))
+
+
+def _lines(report: KernelReport) -> Iterator[str]:
+    shape = report.shape
+    threads = f"{report.threads} thread{'s' if report.threads > 1 else ''}"
+    load = report.machine.load_average
+    yield (
+        f"{report.machine.cpu}, {threads}, memory read at {report.memory_gb_per_second:.1f} GB/s"
+        + ("" if load is None else f", load average before {load:g}")
+    )
+    yield (
+        f"{shape.slots} slots, {shape.heads} heads, {shape.kv_heads} key heads, head_dim {shape.head_dim}, "
+        f"{shape.dtype}, pages of {shape.page_size} tokens; medians of {report.repeats}"
+    )
+    if report.operator_compiled:
+        yield f"operator: {report.operator}"
+    else:
+        yield f"The operator is not compiled ({report.operator}): its times are those of its definition in PyTorch."
+    yield ""
+    yield align_columns([_HEADER, *map(_cells, report.rows)], numbers_from=0)
+    for case in report.left_out:
+        yield f"left out: context {case.context}, {_requests(case.requests)}: {case.reason}"
+
+
+def _cells(row: KernelRow) -> tuple[str, ...]:
+    return (
+        str(row.context),
+        str(row.requests),
+        f"{1000 * row.operator_seconds:.3f}",
+        f"{1000 * row.sdpa.seconds:.3f}",
+        f"{row.sdpa.speedup:.2f}x",
+        f"{1000 * row.buffered_sdpa.seconds:.3f}",
+        f"{row.buffered_sdpa.speedup:.2f}x",
+        f"{row.kv_bytes / 1e6:.2f}",
+        f"{row.gb_per_second:.2f}",
+        f"{row.bandwidth_share:.0%}",
+    )
+
+
+def _requests(count: int) -> str:
+    return f"{count} request{'s' if count > 1 else ''}"

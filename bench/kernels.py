@@ -1,0 +1,147 @@
+"""The ``slipstream bench-kernels`` command: the CPU's attention operator beside gathering the pages and SDPA."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from bench.arguments import check_positive, output_file, whole_numbers
+from bench.errors import BenchError
+from bench.kernel_report import KernelReport, KernelShape, LeftOut, render_report, write_kernel_report
+from bench.machine import describe_machine, last_level_cache_bytes
+
+__all__ = ["add_arguments", "run"]
+
+_MISTAKE = 2
+_DTYPES = ("float32", "bfloat16", "float16")
+_USUAL_CACHE_BYTES = 64 * 2**20
+"""Taken where the system does not say how large its caches are."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    cases = parser.add_argument_group("cases")
+    for flag, default, text in (
+        ("--contexts", "128,512,2048,8192", "tokens before each block"),
+        ("--requests", "1,4,32", "requests in a batch"),
+    ):
+        cases.add_argument(flag, default=default, metavar="N,M", help=f"{text}; default {default}")
+    cases.add_argument(
+        "--max-gib",
+        type=float,
+        default=2.0,
+        metavar="GIB",
+        help="memory for pages; cases that need more are left out; default %(default)g",
+    )
+    shape = parser.add_argument_group("shape", "the default drafter's, unless told otherwise")
+    for flag, number, text in (
+        ("--heads", 9, "heads of the queries"),
+        ("--kv-heads", 3, "heads of keys and values"),
+        ("--head-dim", 64, "numbers of one head"),
+        ("--slots", 5, "draft slots of each request"),
+        ("--page-size", 32, "tokens of one page"),
+    ):
+        shape.add_argument(flag, type=int, default=number, metavar="N", help=f"{text}; default {number}")
+    shape.add_argument("--dtype", choices=_DTYPES, default=_DTYPES[0], help="of everything; default %(default)s")
+    how = parser.add_argument_group("measurement")
+    how.add_argument("--repeats", type=int, default=30, metavar="N", help="runs of each; default %(default)s")
+    how.add_argument("--threads", type=int, metavar="N", help="threads of torch; default as many as it takes by itself")
+    how.add_argument("--json", metavar="FILE", help="write a report there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print a table; returns the exit code: 0, or 2 for bad input.
+
+    Args:
+        args: of a parser that ``add_arguments`` was called with.
+    """
+    try:
+        print(render_report(_measure(args)))
+    except BenchError as error:
+        print(f"slipstream: error: {error}", file=sys.stderr)
+        return _MISTAKE
+    return 0
+
+
+def _measure(args: argparse.Namespace) -> KernelReport:
+    shape = _shape(args)
+    contexts, requests = whole_numbers("--contexts", args.contexts), whole_numbers("--requests", args.requests)
+    check_positive("repeats", args.repeats)
+    check_positive("max_gib", args.max_gib)
+    if args.threads is not None:
+        check_positive("threads", args.threads)
+    path = output_file(args.json) if args.json else None
+    cache_bytes = last_level_cache_bytes()
+    cases = [(context, count) for context in contexts for count in requests]
+    pages, cases, left_out = _fitting(shape, cases, args.max_gib, cache_bytes or _USUAL_CACHE_BYTES)
+
+    import torch
+
+    from bench.kernel_cases import PagePool, measure_case, read_bandwidth, threads
+    from cuda_ext import ops
+
+    with threads(args.threads or torch.get_num_threads()):
+        print("measuring the memory", file=sys.stderr, flush=True)
+        bandwidth = read_bandwidth()
+        report = KernelReport(
+            complete=False,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            command=(Path(sys.argv[0]).name, *sys.argv[1:]),
+            machine=describe_machine(),
+            operator=ops.kernels().cpu,
+            operator_compiled=ops.kernels().cpu_compiled,
+            shape=shape,
+            threads=torch.get_num_threads(),
+            repeats=args.repeats,
+            memory_gb_per_second=bandwidth / 1e9,
+            cache_bytes=cache_bytes,
+            rows=(),
+            left_out=tuple(left_out),
+        )
+        pool = PagePool(shape, pages)
+        for number, (context, count) in enumerate(cases, start=1):
+            print(f"[{number}/{len(cases)}]  context {context}, requests {count}", file=sys.stderr, flush=True)
+            row = measure_case(shape, context, count, pool, args.repeats, bandwidth)
+            report = replace(report, rows=(*report.rows, row), complete=number == len(cases))
+            if path:
+                write_kernel_report(report, path)
+    return report
+
+
+def _shape(args: argparse.Namespace) -> KernelShape:
+    for name in ("heads", "kv_heads", "head_dim", "slots", "page_size"):
+        check_positive(name, getattr(args, name))
+    if args.heads % args.kv_heads:
+        raise BenchError(f"--heads {args.heads} is not a multiple of --kv-heads {args.kv_heads}")
+    return KernelShape(args.heads, args.kv_heads, args.head_dim, args.slots, args.page_size, args.dtype)
+
+
+def _fitting(
+    shape: KernelShape, cases: Sequence[tuple[int, int]], max_gib: float, cache_bytes: int
+) -> tuple[int, list[tuple[int, int]], list[LeftOut]]:
+    """How many pages are needed for the cases (context, requests) that fit into memory, those, and the others.
+
+    There have to be pages for two batches, so that a run never gets those of the run before, and twice as many as
+    the caches hold.
+    """
+    page_bytes, budget = shape.page_size * shape.token_bytes, int(max_gib * 2**30)
+    least = -(-2 * cache_bytes // page_bytes)
+    if least * page_bytes > budget:
+        raise BenchError(
+            f"--max-gib {max_gib:g} is too little: the caches hold {cache_bytes / 2**30:.3g} GiB, and twice as much "
+            "is needed to be sure that pages are read from memory"
+        )
+    needed = {(context, count): 2 * count * shape.pages(context) for context, count in cases}
+    fitting = [case for case in cases if needed[case] * page_bytes <= budget]
+    left_out = [
+        LeftOut(
+            *case, f"two batches of pages are {needed[case] * page_bytes / 2**30:.3g} GiB, --max-gib is {max_gib:g}"
+        )
+        for case in cases
+        if case not in fitting
+    ]
+    if not fitting:
+        raise BenchError(f"no case fits into --max-gib {max_gib:g}: {left_out[0].reason}")
+    return max(least, *(needed[case] for case in fitting)), fitting, left_out
