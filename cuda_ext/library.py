@@ -9,7 +9,7 @@ import torch
 SOURCES = Path(__file__).parent / "csrc"
 BUILD_DESCRIPTION = Path(__file__).parent / "CMakeLists.txt"
 BUILT = Path(__file__).parent / "_build"
-CPU_OPERATORS = frozenset({"block_attention", "partition_block", "write_context", "append_block"})
+CPU_OPERATORS = frozenset({"block_attention", "partition_block", "write_context", "append_block", "linear"})
 CUDA_OPERATORS = frozenset({"block_attention"})
 
 
@@ -24,7 +24,7 @@ class LoadedLibrary:
 def fingerprint(device: str) -> str:
     """Changes with the sources for ``device`` and with torch, so that a library built from others is never loaded."""
     digest = hashlib.sha256(torch.__version__.encode())
-    sources = [path for path in (SOURCES / device).rglob("*") if path.is_file()]
+    sources = [path for folder in ("common", device) for path in (SOURCES / folder).rglob("*") if path.is_file()]
     for path in [BUILD_DESCRIPTION, *sorted(sources)]:
         digest.update(path.name.encode())
         digest.update(path.read_bytes())

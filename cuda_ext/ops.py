@@ -26,6 +26,7 @@ _SCHEMAS = {
         "(Tensor qkv, Tensor? query_norm, Tensor? key_norm, float eps, Tensor rotary_table, Tensor positions, "
         "Tensor places, Tensor(a!) block_key, Tensor(b!) block_value) -> Tensor"
     ),
+    "linear": "(Tensor input, Tensor panels, Tensor? scales, int out, str format) -> Tensor",
 }
 
 
@@ -70,11 +71,19 @@ def _fake_append_block(qkv: torch.Tensor, *arguments: object) -> torch.Tensor:
     return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // head_dim - 2 * kv_heads, head_dim)
 
 
+def _fake_linear(
+    input: torch.Tensor, panels: torch.Tensor, scales: torch.Tensor | None, out: int, format: str
+) -> torch.Tensor:
+    del panels, scales, format
+    return input.new_empty(input.shape[0], out)
+
+
 _FAKES: dict[str, Callable[..., object]] = {
     "block_attention": _fake_block_attention,
     "partition_block": _fake_partition_block,
     "write_context": _fake_write_context,
     "append_block": _fake_append_block,
+    "linear": _fake_linear,
 }
 
 
@@ -97,3 +106,4 @@ block_attention = torch.ops.slipstream.block_attention.default
 partition_block = torch.ops.slipstream.partition_block.default
 write_context = torch.ops.slipstream.write_context.default
 append_block = torch.ops.slipstream.append_block.default
+linear = torch.ops.slipstream.linear.default

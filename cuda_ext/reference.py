@@ -9,6 +9,8 @@ topological reordering, arXiv 2512.22737).
 import torch
 import torch.nn.functional as F
 
+from cuda_ext.linear import PackedWeight, WeightFormat, unpack
+
 
 def block_attention(
     query: torch.Tensor,
@@ -152,6 +154,24 @@ def append_block(
     block_key[row, places[row, column]] = key[row, column]
     block_value[row, places[row, column]] = value[row, column]
     return rotate(rms_norm(query, query_norm, eps), rotary_table, positions)
+
+
+def linear(
+    input: torch.Tensor, panels: torch.Tensor, scales: torch.Tensor | None, out: int, format: str
+) -> torch.Tensor:
+    """Product with a packed weight, see ``cuda_ext.linear``.
+
+    Args:
+        input: ``[rows, in]`` float32.
+        panels: the packed weight's bytes.
+        scales: of ``int8`` weights, else ``None``.
+        out: outputs.
+        format: a ``WeightFormat``.
+
+    Returns:
+        ``[rows, out]`` float32.
+    """
+    return F.linear(input, unpack(PackedWeight(WeightFormat(format), out, input.shape[1], panels, scales)))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:

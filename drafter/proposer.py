@@ -1,25 +1,41 @@
-"""Proposing draft tokens while serving: context K/V after every target pass, then one block for all requests."""
+"""Proposing draft tokens while serving: context K/V after every target pass, then one block for every request."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cuda_ext import ops
 from drafter.checkpoint import Drafter, check_fits, load_drafter
-from drafter.serving import BlockContext, BlockRows, ServingDrafter
+from drafter.denoise import BlockStarts, Denoised, denoise
+from drafter.options import ProposalOptions
+from drafter.search import make_search
+from drafter.serving import BlockContext, ServingDrafter
+from drafter.thresholds import FixedThreshold, OneShotThresholds, PassRecord
 from drafter.types import Drafts, PagedCacheSpec, TargetForward, TargetModel
 
 
 @dataclass(slots=True)
 class DrafterCounters:
-    """What the drafter did since start; all grow only."""
+    """What the drafter did since start; all grow only.
+
+    Attributes:
+        context_tokens: tokens whose context keys and values were written.
+        blocks: blocks drafted.
+        passes: passes over them; a block that was refined once counts two.
+        draft_tokens: tokens proposed.
+        context_seconds: time of writing the context.
+        seconds: time of drafting, without that.
+    """
 
     context_tokens: int = 0
     blocks: int = 0
+    passes: int = 0
     draft_tokens: int = 0
+    context_seconds: float = 0.0
+    seconds: float = 0.0
 
 
 class BlockDiffusionProposer:
@@ -30,15 +46,20 @@ class BlockDiffusionProposer:
     right for the drafter too, provided that every target pass is written, whether tokens are drafted or not.
     """
 
-    def __init__(self, drafter: Drafter, max_draft_tokens: int, source: str):
+    def __init__(self, drafter: Drafter, options: ProposalOptions, source: str):
         self._drafter, self._config, self._source = drafter, drafter.model.config, source
-        self._max_draft_tokens = min(max_draft_tokens, self._config.num_draft_tokens)
+        self._options = options
+        self._max_draft_tokens = min(options.max_draft_tokens, self._config.num_draft_tokens)
+        self._calibration: OneShotThresholds | None = None
+        if options.calibrated_threshold and options.max_passes > 1:
+            self._calibration = OneShotThresholds(options.observe_threshold)
+        self._thresholds = self._calibration or FixedThreshold(options.observe_threshold)
         self._counters = DrafterCounters()
 
     @classmethod
-    def from_checkpoint(cls, folder: Path, max_draft_tokens: int) -> "BlockDiffusionProposer":
+    def from_checkpoint(cls, folder: Path, options: ProposalOptions) -> "BlockDiffusionProposer":
         """Load a checkpoint folder; raises ``DrafterCheckpointError`` when that is not possible."""
-        return cls(load_drafter(folder), max_draft_tokens, str(folder))
+        return cls(load_drafter(folder), options, str(folder))
 
     @property
     def hidden_state_layers(self) -> tuple[int, ...]:
@@ -55,6 +76,7 @@ class BlockDiffusionProposer:
         """Check that the drafter fits, share the target's embedding and head, allocate the pages."""
         check_fits(self._drafter.model.config, target.shape, self._source)
         self._serving = ServingDrafter(self._drafter, target, cache)
+        self._search = make_search(self._options, self._serving.head, target.shape.vocab_size)
 
     def page_tensors(self) -> list[torch.Tensor]:
         return self._serving.pages
@@ -62,18 +84,12 @@ class BlockDiffusionProposer:
     @torch.inference_mode()
     def propose(self, forward: TargetForward) -> Drafts:
         """Write the pass's context K/V, then draft for every request that can still use a draft token."""
+        started = time.perf_counter()
         features = self._write_context(forward)
-        rows = [r for r, tokens in enumerate(forward.sampled) if tokens and forward.draft_limits[r] > 0]
-        drafts = Drafts.none(len(forward.request_ids))
-        if not rows:
-            return drafts
-        wanted = min(self._max_draft_tokens, max(forward.draft_limits[r] for r in rows))
-        tokens, survival = self._denoise(forward, features, rows, wanted)
-        for r, row_tokens, row_survival in zip(rows, tokens.tolist(), survival.tolist(), strict=True):
-            limit = min(wanted, forward.draft_limits[r])
-            drafts.token_ids[r], drafts.survival[r] = row_tokens[:limit], row_survival[:limit]
-        self._counters.blocks += len(rows)
-        self._counters.draft_tokens += sum(map(len, drafts.token_ids))
+        written = time.perf_counter()
+        drafts = self._draft(forward, features)
+        self._counters.context_seconds += written - started
+        self._counters.seconds += time.perf_counter() - written
         return drafts
 
     def command(self, name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -89,26 +105,62 @@ class BlockDiffusionProposer:
         self._counters.context_tokens += len(features)
         return features
 
-    def _denoise(
-        self, forward: TargetForward, features: torch.Tensor, rows: list[int], wanted: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        config, device = self._config, features.device
-        slots = wanted + config.block_size - config.num_draft_tokens if config.causal else config.block_size
-        index = torch.tensor(rows, device=device)
-        lengths = forward.context_lens[index]
-        first_rows = forward.row_starts[index]
-        last_rows = first_rows + lengths - 1 - forward.positions[first_rows]
-        anchors = torch.tensor([forward.sampled[r][-1] for r in rows], device=device)
-        order, _, positions, visible = ops.partition_block(
-            torch.ones(len(rows), slots, dtype=torch.int32, device=device), lengths
-        )
-        if not config.causal:
-            visible = torch.full_like(visible, slots)
-        tokens = torch.full((len(rows), slots), config.mask_token_id, device=device)
-        tokens[:, 0] = anchors
-        inputs = self._serving.block_inputs(tokens, order, features[last_rows])
-        context = BlockContext(forward.block_table[index], lengths.to(torch.int32))
-        cache = self._serving.block_cache(len(rows), slots)
-        hidden = self._serving.run(inputs, BlockRows(positions, order, visible), context, cache)
-        first = slots - wanted if config.causal else slots - config.num_draft_tokens
-        return self._serving.head.walk(hidden[:, first : first + wanted], anchors)
+    def _draft(self, forward: TargetForward, features: torch.Tensor) -> Drafts:
+        self._search.take(forward)
+        if self._calibration is not None:
+            for request_id, sampled in zip(forward.request_ids, forward.sampled, strict=True):
+                self._calibration.emitted(request_id, sampled)
+            self._calibration.finished(forward.finished)
+        rows = [r for r, tokens in enumerate(forward.sampled) if tokens and forward.draft_limits[r] > 0]
+        drafts = Drafts.none(len(forward.request_ids))
+        if not rows:
+            return drafts
+        wanted = min(self._max_draft_tokens, max(forward.draft_limits[r] for r in rows))
+        starts = _block_starts(forward, features, rows)
+        search = self._search.behind(starts.request_ids, [forward.end_tokens[r] for r in rows])
+        result = denoise(self._serving, starts, wanted, search, self._thresholds, self._options.max_passes)
+        path = result.path
+        for r, tokens, survival in zip(rows, path.tokens.tolist(), path.survival.tolist(), strict=True):
+            limit = min(wanted, forward.draft_limits[r])
+            if self._options.stop_at_end:
+                limit = min(limit, up_to_end(tokens, forward.end_tokens[r]))
+            drafts.token_ids[r], drafts.survival[r] = tokens[:limit], survival[:limit]
+        if self._calibration is not None and any(map(self._calibration.wants, starts.request_ids)):
+            _note(self._calibration, starts.request_ids, result)
+        self._counters.blocks += len(rows)
+        self._counters.passes += int(result.passes.sum())
+        self._counters.draft_tokens += sum(map(len, drafts.token_ids))
+        return drafts
+
+
+def up_to_end(tokens: Sequence[int], ends: Set[int]) -> int:
+    """How many of a draft's tokens can still be emitted: none behind the first of ``ends``.
+
+    If that one is accepted the answer is over, and if it is rejected so is all that follows it.
+    """
+    return next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+
+
+def _block_starts(forward: TargetForward, features: torch.Tensor, rows: list[int]) -> BlockStarts:
+    """Where the blocks of the requests ``rows`` begin, behind what each has just emitted."""
+    index = torch.tensor(rows, device=features.device)
+    lengths = forward.context_lens[index]
+    first_rows = forward.row_starts[index]
+    last_rows = first_rows + lengths - 1 - forward.positions[first_rows]
+    return BlockStarts(
+        request_ids=[forward.request_ids[r] for r in rows],
+        anchors=torch.tensor([forward.sampled[r][-1] for r in rows], device=features.device),
+        last_features=features[last_rows],
+        context=BlockContext(forward.block_table[index], lengths.to(torch.int32)),
+    )
+
+
+def _note(calibration: OneShotThresholds, request_ids: Sequence[str], result: Denoised) -> None:
+    """Hand the drafts of requests that can calibrate thresholds to ``calibration``."""
+    passes = [
+        (path.tokens.tolist(), path.probabilities.tolist(), predicted.tolist()) for path, predicted in result.trace
+    ]
+    for r, request_id in enumerate(request_ids):
+        if calibration.wants(request_id):
+            records = [PassRecord(tokens[r], chances[r], predicted[r]) for tokens, chances, predicted in passes]
+            calibration.proposed(request_id, records)

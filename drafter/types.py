@@ -4,7 +4,7 @@ These types are the drafter's whole view of the engine: plain tensors and ids, n
 forward pass produces one ``TargetForward``; the proposer answers with one ``Drafts``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -69,6 +69,7 @@ class TargetForward:
         context_lens: ``[R]`` int64, tokens whose hidden states are final: rejected drafts do not count.
         sampled: tokens that the step emitted per request; empty while a prompt is still being read.
         draft_limits: the most draft tokens that can still be used per request.
+        end_tokens: per request, the tokens that end its answer.
         finished: requests that ended since the last pass.
         prompt_lens: ``R`` prompt lengths in tokens.
     """
@@ -83,16 +84,49 @@ class TargetForward:
     context_lens: torch.Tensor
     sampled: Sequence[Sequence[int]]
     draft_limits: Sequence[int]
+    end_tokens: Sequence[Set[int]]
     finished: Sequence[str]
     prompt_lens: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftPath:
+    """One draft per request, picked from the distributions of a block.
+
+    Attributes:
+        tokens: ``[B, S]`` int64 token ids.
+        probabilities: ``[B, S]`` float32, the probability of each token given those picked before it.
+    """
+
+    tokens: torch.Tensor
+    probabilities: torch.Tensor
+
+    @property
+    def survival(self) -> torch.Tensor:
+        """``[B, S]`` float32, the estimated probability that a token and all before it are accepted."""
+        return self.probabilities.cumprod(dim=1)
+
+
+class PathSearcher(Protocol):
+    """Picks one draft per request from the draft head's logits."""
+
+    def __call__(self, logits: torch.Tensor, anchors: torch.Tensor, fixed: torch.Tensor | None) -> DraftPath:
+        """Pick a token for every draft slot.
+
+        Args:
+            logits: ``[B, S, draft_vocab]`` float32, by logical order.
+            anchors: ``[B]`` int64, the token before each draft.
+            fixed: ``[B, S]`` int64 token ids that the draft must hold, -1 where it is free; ``None`` fixes nothing.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Drafts:
     """Draft tokens per request, in the order of ``TargetForward.request_ids``.
 
-    ``survival[r][k]`` estimates the probability that tokens ``0..k`` of request ``r`` are all accepted; it never
-    looks at tokens after ``k``.
+    ``survival[r][k]`` estimates the probability that tokens ``0..k`` of request ``r`` are all accepted. After one pass
+    over a block it rests on these tokens alone; refinement passes let later tokens have their say.
     """
 
     token_ids: list[list[int]] = field(default_factory=list)

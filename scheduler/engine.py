@@ -57,7 +57,7 @@ def engine_arguments(shape: EngineShape, options: EngineOptions) -> dict[str, An
         arguments["speculative_config"] = {
             "method": "custom_class",
             "model": "scheduler.vllm_proposer.ProposerHost",
-            "num_speculative_tokens": options.drafter.max_draft_tokens if options.drafter else 1,
+            "num_speculative_tokens": options.drafter.proposal.max_draft_tokens if options.drafter else 1,
         }
     return arguments
 

@@ -2,22 +2,44 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from drafter.options import PathSearch, ProposalOptions
+
 ADDITIONAL_CONFIG_KEY = "slipstream"
+
+
+class TargetWeights(StrEnum):
+    """How the target's weights are held for our CPU kernel; has no effect elsewhere or in other formats than float32.
+
+    ``EXACT``: per layer the smallest format that holds the very same numbers. ``FLOAT32``: as they are loaded.
+    ``BFLOAT16`` and ``INT8`` round them, which changes the model. ``VLLM``: leave the layers to vLLM's kernels.
+    """
+
+    EXACT = "exact"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+    VLLM = "vllm"
+
+    @property
+    def changes_model(self) -> bool:
+        """Whether the answers are those of a rounded model."""
+        return self in (TargetWeights.BFLOAT16, TargetWeights.INT8)
 
 
 @dataclass(frozen=True, slots=True)
 class DrafterOptions:
     """Draft with the block-diffusion checkpoint in ``checkpoint``.
 
-    ``max_draft_tokens`` caps the drafted block; ``survival_floor`` is the estimated probability of being reached
-    below which a drafted slot is not worth a row of the verify pass.
+    ``survival_floor`` is the estimated probability of being reached below which a drafted slot is not worth a row of
+    the verify pass.
     """
 
     checkpoint: Path
-    max_draft_tokens: int
+    proposal: ProposalOptions
     survival_floor: float
 
 
@@ -31,10 +53,11 @@ class RecorderOptions:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Which proposer the engine runs; neither means plain decoding."""
+    """Which proposer the engine runs, neither meaning plain decoding, and how it holds the target's weights."""
 
     drafter: DrafterOptions | None = None
     recorder: RecorderOptions | None = None
+    weights: TargetWeights = TargetWeights.EXACT
 
     def to_additional_config(self) -> dict[str, Any]:
         """A JSON-serialisable form that ``from_additional_config`` reads back."""
@@ -51,8 +74,13 @@ class EngineOptions:
         plain = config.get(ADDITIONAL_CONFIG_KEY, {})
         drafter, recorder = plain.get("drafter"), plain.get("recorder")
         return cls(
-            DrafterOptions(Path(drafter["checkpoint"]), drafter["max_draft_tokens"], drafter["survival_floor"])
+            DrafterOptions(Path(drafter["checkpoint"]), _proposal(drafter["proposal"]), drafter["survival_floor"])
             if drafter
             else None,
             RecorderOptions(Path(recorder["folder"]), tuple(recorder["layers"])) if recorder else None,
+            TargetWeights(plain.get("weights", TargetWeights.EXACT)),
         )
+
+
+def _proposal(plain: Mapping[str, Any]) -> ProposalOptions:
+    return ProposalOptions(**{**plain, "path": PathSearch(plain["path"])})

@@ -22,7 +22,7 @@ def build_proposer(options: EngineOptions) -> Proposer:
     if options.drafter:
         from drafter.proposer import BlockDiffusionProposer
 
-        return BlockDiffusionProposer.from_checkpoint(options.drafter.checkpoint, options.drafter.max_draft_tokens)
+        return BlockDiffusionProposer.from_checkpoint(options.drafter.checkpoint, options.drafter.proposal)
     raise ValueError("speculation is on but the options name neither a drafter nor a recorder")
 
 

@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from vllm import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds, SamplerOutput
@@ -28,6 +29,7 @@ class SlipstreamModelRunner(BaseModelRunner):
         self._host: ProposerHost | None = cast(ProposerHost | None, getattr(self, "drafter", None))
         self.use_aux_hidden_state_outputs = self._host is not None
         self._seeds: dict[str, int] = {}
+        self._end_tokens: dict[str, frozenset[int]] = {}
         self._finished: list[str] = []
         self._survival: list[list[float]] = []
         self._group = 0
@@ -52,9 +54,11 @@ class SlipstreamModelRunner(BaseModelRunner):
         self._finished.extend(scheduler_output.finished_req_ids)
         for request_id in scheduler_output.finished_req_ids:
             self._seeds.pop(request_id, None)
+            self._end_tokens.pop(request_id, None)
         corrections = super()._update_states(scheduler_output)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
+            self._end_tokens[request.req_id] = end_tokens(params)
             self._seeds[request.req_id] = request_seed(params and params.seed, self.model_config.seed, request.req_id)
             # The noise needs no generator, and vLLM's CPU backend dies rewinding one.
             self.requests[request.req_id].generator = None
@@ -128,6 +132,7 @@ class SlipstreamModelRunner(BaseModelRunner):
             context_lens=torch.from_numpy(context_lens.astype(np.int64)).to(self.device),
             sampled=sampled,
             draft_limits=self._draft_limits(request_ids, context_lens),
+            end_tokens=[self._end_tokens[r] for r in request_ids],
             finished=finished,
             prompt_lens=[int(n) for n in batch.num_prompt_tokens[:num_reqs]],
         )
@@ -142,10 +147,18 @@ class SlipstreamModelRunner(BaseModelRunner):
             if params is not None:
                 if params.max_tokens is not None:
                     room = min(room, params.max_tokens - len(state.output_token_ids) - 1)
-                if state.output_token_ids and state.output_token_ids[-1] in params.all_stop_token_ids:
+                if state.output_token_ids and state.output_token_ids[-1] in self._end_tokens[request_id]:
                     room = 0
             limits.append(max(room, 0))
         return limits
+
+
+def end_tokens(params: SamplingParams | None) -> frozenset[int]:
+    """Tokens behind which a request ends: its stop tokens, and the end of text unless it goes on past that."""
+    if params is None:
+        return frozenset()
+    end_of_text = {params.eos_token_id} - {None}  # `None` where the request ignores it
+    return frozenset(end_of_text).union(params.stop_token_ids or ())
 
 
 def full_attention_group(kv_cache_config: KVCacheConfig) -> int:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any, cast
 from unittest import mock
 
+from scheduler.options import EngineOptions
+from scheduler.vllm_linear import packed_linears
 from scheduler.vllm_platform import BaseWorker, runner_module, runner_name
 from scheduler.vllm_runner import SlipstreamModelRunner
 
@@ -17,6 +19,12 @@ class SlipstreamWorker(BaseWorker):
         """Let vLLM set the device up with our runner in the place of its own, which it names directly."""
         with mock.patch.object(runner_module, runner_name, SlipstreamModelRunner):
             super().init_device()
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        """Load the target, on a CPU with its linear layers on our kernel."""
+        options = EngineOptions.from_additional_config(dict(self.vllm_config.additional_config))
+        with packed_linears(options.weights):
+            super().load_model(load_dummy_weights=load_dummy_weights)
 
     def determine_available_memory(self) -> int:
         """Bytes for the target's pages: what there is, less the share that the proposer's pages will take."""

@@ -7,15 +7,24 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from drafter.align.collect import CollectOptions, collect, plan_answers, write_own_prompts
 from drafter.align.prompts import Prompt, read_prompts, write_prompts
-from server.errors import InputError, ServerStartError
+from drafter.errors import DrafterCheckpointError
+from server.errors import DrafterError, InputError, ServerStartError
 from server.flags import settings_of
 from server.model_store import resolve_model
-from server.preflight import kv_bytes_per_token, read_target_config
+from server.preflight import check_drafter, kv_bytes_per_token, read_target_config
 from server.progress import ProgressBar
 from server.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from drafter.align.corpus import Corpus
+    from drafter.align.initial import TargetWeights
+    from drafter.config import DrafterConfig
 
 _MAX_LEN = 1024  # longest prompt and answer together, tokens
 _TYPICAL_PROMPT = 256  # tokens; memory for this and a whole answer is kept for every request in flight
@@ -28,13 +37,19 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         SlipstreamError: the prompts, the target or the run folder cannot be used.
     """
+    if not 0 <= args.observed_share <= 1:
+        raise InputError(f"--observed-share = {args.observed_share:g} is not a share of 0 to 1")
     settings = settings_of(args)
     with ProgressBar("model") as progress:
         model = resolve_model(settings.model.source, settings.model.cache_dir, progress)
+    if args.initial is not None:
+        check_drafter(args.initial, model, read_target_config(model))
     args.run.mkdir(parents=True, exist_ok=True)
     try:
         asyncio.run(_collect(args, settings, model))
         _train(args, settings, model)
+    except DrafterCheckpointError as error:
+        raise DrafterError(str(error)) from error
     except ValueError as error:
         raise InputError(str(error)) from error
     return 0
@@ -91,30 +106,20 @@ async def _collect(args: argparse.Namespace, settings: Settings, model: Path) ->
 def _train(args: argparse.Namespace, settings: Settings, model: Path) -> None:
     from drafter.align.card import write_card
     from drafter.align.corpus import Corpus
-    from drafter.align.initial import drafter_config, frequent_tokens, read_target
+    from drafter.align.initial import read_target
     from drafter.align.plot import plot_history
     from drafter.align.provenance import Provenance, commit, prompt_file, versions, without_folders
     from drafter.align.train import StepReport, Trainer, TrainOptions, read_history
 
     target = read_target(model)
-    layers = _hidden_state_layers(args, model)
-    total = target.config["num_hidden_layers"]
-    copied = tuple(range(total - args.layers, total))
-    config = drafter_config(
-        target,
-        copied_layers=copied,
-        target_layer_ids=tuple(layer - 1 for layer in layers),
-        block_size=args.block_size,
-        draft_vocab_size=args.draft_vocabulary,
-        mask_token_id=args.mask_token_id,
-    )
-    corpus = Corpus(args.run / "corpus", layers)
-    token_ids, covered = frequent_tokens(corpus, config.draft_vocab_size, config.vocab_size)
-    print(f"corpus: {len(corpus):,} answers; draft vocabulary covers {covered:.1%} of its tokens", file=sys.stderr)
+    corpus = Corpus(args.run / "corpus", _hidden_state_layers(args, model))
+    config, token_ids, copied = _drafter_to_train(args, target, corpus)
     options = TrainOptions(
         steps=args.steps,
         learning_rate=args.learning_rate,
+        observed_share=args.observed_share,
         copied_layers=copied,
+        initial=args.initial,
         precision=args.precision,
         seed=args.seed,
     )
@@ -138,7 +143,7 @@ def _train(args: argparse.Namespace, settings: Settings, model: Path) -> None:
             "answers": len(corpus),
             "answer_tokens": sum(corpus.answer_tokens(i) for i in range(len(corpus))),
         },
-        training={**asdict(options), "drafter": config.to_json()},
+        training={**options.to_json(), "drafter": config.to_json()},
         seconds=history[-1]["seconds"],
         result=history[-1]["emitted_per_verify_step"],
         versions=versions(),
@@ -148,6 +153,32 @@ def _train(args: argparse.Namespace, settings: Settings, model: Path) -> None:
     parameters = sum(p.numel() for p in trainer.drafter.model.parameters())
     write_card(checkpoint / "README.md", provenance, parameters, args.licence)
     print(f"drafter written to {checkpoint}; serve it with --speculation.drafter {checkpoint}", file=sys.stderr)
+
+
+def _drafter_to_train(
+    args: argparse.Namespace, target: "TargetWeights", corpus: "Corpus"
+) -> tuple["DrafterConfig", "torch.Tensor | None", tuple[int, ...]]:
+    """The drafter's shape, its vocabulary, and the target's layers it is copied from: none when it has a checkpoint."""
+    from drafter.align.initial import drafter_config, frequent_tokens
+    from drafter.checkpoint import load_drafter
+
+    if args.initial is not None:
+        print(f"corpus: {len(corpus):,} answers; training goes on from {args.initial}", file=sys.stderr)
+        initial = load_drafter(args.initial)
+        return initial.model.config, initial.token_ids, ()
+    total = target.config["num_hidden_layers"]
+    copied = tuple(range(total - args.layers, total))
+    config = drafter_config(
+        target,
+        copied_layers=copied,
+        target_layer_ids=tuple(layer - 1 for layer in corpus.layers),
+        block_size=args.block_size,
+        draft_vocab_size=args.draft_vocabulary,
+        mask_token_id=args.mask_token_id,
+    )
+    token_ids, covered = frequent_tokens(corpus, config.draft_vocab_size, config.vocab_size)
+    print(f"corpus: {len(corpus):,} answers; draft vocabulary covers {covered:.1%} of its tokens", file=sys.stderr)
+    return config, token_ids, copied
 
 
 def _known_prompts(args: argparse.Namespace) -> list[Prompt] | None:
@@ -170,9 +201,14 @@ def _own_prompts_file(args: argparse.Namespace) -> Path:
 
 
 def _hidden_state_layers(args: argparse.Namespace, model: Path) -> tuple[int, ...]:
+    """What to record: the layers that the drafter reads, and the last, for the target's own distribution."""
     from drafter.align.initial import spread_layer_ids
+    from drafter.config import read_config
 
     total = read_target_config(model)["num_hidden_layers"]
+    if args.initial is not None:
+        read = read_config(args.initial).target_layer_ids
+        return tuple(layer + 1 for layer in sorted({*read, total - 1}))
     chosen = tuple(sorted(args.target_layers or spread_layer_ids(total, _LAYERS_READ)))
     if chosen[-1] != total - 1 or chosen[0] < 0:
         raise InputError(

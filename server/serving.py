@@ -98,8 +98,9 @@ def _start_engine(served: Served, history: "SpeculationHistory", output: EngineO
 
 
 def _engine_shape(served: Served) -> Any:
+    from drafter.options import PathSearch, ProposalOptions
     from scheduler.engine import EngineShape
-    from scheduler.options import DrafterOptions, EngineOptions
+    from scheduler.options import DrafterOptions, EngineOptions, TargetWeights
 
     model, engine, speculation = served.settings.model, served.settings.engine, served.settings.speculation
     shape = EngineShape(
@@ -115,11 +116,19 @@ def _engine_shape(served: Served) -> Any:
         enable_prefix_caching=engine.prefix_caching,
         seed=engine.seed,
     )
+    weights = TargetWeights(model.weight_format)
     if served.drafter is None:
-        return shape, EngineOptions()
-    return shape, EngineOptions(
-        DrafterOptions(served.drafter, speculation.max_draft_tokens, speculation.survival_floor)
+        return shape, EngineOptions(weights=weights)
+    proposal = ProposalOptions(
+        max_draft_tokens=speculation.max_draft_tokens,
+        path=PathSearch(speculation.path),
+        beam_width=speculation.beam_width,
+        max_passes=speculation.max_passes,
+        observe_threshold=speculation.observe_threshold,
+        calibrated_threshold=speculation.calibrated_threshold,
+        stop_at_end=speculation.stop_at_end,
     )
+    return shape, EngineOptions(DrafterOptions(served.drafter, proposal, speculation.survival_floor), weights=weights)
 
 
 async def _http_server(served: Served, engine: "AsyncLLM", history: "SpeculationHistory") -> "uvicorn.Server":

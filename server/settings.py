@@ -34,6 +34,11 @@ class ModelSettings(_Section):
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = _setting(
         "float32", "number format of the target's weights and arithmetic"
     )
+    weight_format: Literal["exact", "float32", "bfloat16", "int8", "vllm"] = _setting(
+        "exact",
+        "how a CPU holds float32 weights: exact keeps every number in the fewest bytes; bfloat16 and int8 round them, "
+        "which changes the model; vllm leaves them to vLLM's kernels",
+    )
     max_model_len: int = _setting(4096, "longest prompt and answer together", unit="tokens", ge=16, le=4_194_304)
     cache_dir: UserPath = _setting(Path("~/.cache/slipstream"), "folder for fetched and converted models")
 
@@ -63,6 +68,22 @@ class SpeculationSettings(_Section):
     survival_floor: float = _setting(
         0.12, "a drafted token less likely than this to be reached is not verified", unit="probability", ge=0, le=1
     )
+    path: Literal["independent", "walk", "beam"] = _setting(
+        "walk",
+        "how a draft is picked: each token by itself, left to right with the drafter's Markov head, or the best of "
+        "several paths under an n-gram model of the text so far",
+    )
+    beam_width: int = _setting(3, "paths that a beam keeps", unit="paths", ge=1, le=16)
+    max_passes: int = _setting(
+        1, "passes over a draft: from the second on, unsure tokens are drafted again given the sure ones", ge=1, le=8
+    )
+    observe_threshold: float = _setting(
+        0.9, "a drafted token at least this likely is sure", unit="probability", ge=0, le=1
+    )
+    calibrated_threshold: bool = _setting(
+        False, "take the thresholds of sure tokens from the first answer instead, and keep them"
+    )
+    stop_at_end: bool = _setting(True, "draft nothing behind a token that ends the answer")
 
 
 class ServerSettings(_Section):

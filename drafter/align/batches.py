@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from cuda_ext import reference
 from drafter.align.corpus import Answer
-from drafter.config import DrafterConfig
+from drafter.config import DrafterConfig, InputScheme
 from drafter.model import Attend, BlockDrafter
 
 
@@ -27,6 +28,8 @@ class BlockBatch:
         anchor_positions: ``[A]`` int64.
         labels: ``[A, K]`` int64 token ids that follow the anchor; -1 past the end of the answer.
         previous: ``[A, K]`` int64, the token before each label.
+        observed: ``[A, K]`` bool, draft tokens that the block already holds as inputs, see ``draw_observed``; ``None``
+            when no block of the batch holds any.
     """
 
     hidden_states: torch.Tensor
@@ -38,6 +41,13 @@ class BlockBatch:
     anchor_positions: torch.Tensor
     labels: torch.Tensor
     previous: torch.Tensor
+    observed: torch.Tensor | None = None
+
+    def counted(self) -> torch.Tensor:
+        """``[A, K]`` bool, labels to learn: within the answer, and not an input of their own block."""
+        inside = self.labels >= 0
+        # A masked slot sees every observed slot, the one that holds its own draft token included.
+        return inside if self.observed is None else inside & ~self.observed
 
     def teacher_rows(self) -> torch.Tensor:
         """``[A, K]`` rows over ``S`` whose final hidden state predicts each label; past the end, the last row."""
@@ -81,6 +91,33 @@ def make_batch(answers: Sequence[Answer], anchors: Sequence[torch.Tensor], confi
     )
 
 
+def draw_observed(
+    labels: torch.Tensor, share: float, config: DrafterConfig, generator: torch.Generator
+) -> torch.Tensor | None:
+    """Draw which draft tokens are inputs, as a refinement pass finds them.
+
+    A block is chosen with probability ``share``. Of a chosen one the number of observed draft tokens is uniform over
+    1 to as many as can be observed, and which they are is uniform again. Those past the end of the answer cannot be,
+    nor can the last of the shift scheme: no slot holds it.
+
+    Args:
+        labels: ``[A, K]`` int64, negative past the end of the answer.
+        share: 0 to 1; with 0 nothing is drawn.
+
+    Returns:
+        ``[A, K]`` bool, or ``None`` when ``share`` is 0.
+    """
+    if share == 0:
+        return None
+    possible = labels >= 0
+    possible[:, config.block_size - 1 :] = False
+    blocks, count = labels.shape
+    chosen = torch.rand(blocks, generator=generator) < share
+    number = 1 + (torch.rand(blocks, generator=generator) * possible.sum(dim=1)).long()
+    rank = torch.rand(blocks, count, generator=generator).masked_fill(~possible, 2.0).argsort(dim=1).argsort(dim=1)
+    return possible & chosen[:, None] & (rank < number[:, None])
+
+
 def block_mask(anchors: torch.Tensor, context_size: int, slots: int, causal: bool) -> torch.Tensor:
     """What the blocks of one answer may attend to.
 
@@ -99,15 +136,44 @@ def block_mask(anchors: torch.Tensor, context_size: int, slots: int, causal: boo
 
 
 def run_blocks(model: BlockDrafter, batch: BlockBatch, embedding: torch.Tensor) -> torch.Tensor:
-    """Hidden states ``[A, K, hidden]`` of all blocks of a batch; differentiable."""
+    """Hidden states ``[A, K, hidden]`` that predict the draft tokens of all blocks, in their order; differentiable."""
     config = model.config
     slots = config.block_size
     features = model.context_features(batch.hidden_states)
     context = model.context_kv(features, batch.positions)
-    inputs = model.block_inputs(batch.anchor_tokens, features[batch.anchors], embedding, slots)
+    attend = _dense_attention(batch, context, config)
+    last_features = features[batch.anchors]
+    if batch.observed is not None:
+        return _run_reordered(model, batch, batch.observed, last_features, embedding, attend)
+    inputs = model.block_inputs(batch.anchor_tokens, last_features, embedding, slots)
     positions = batch.anchor_positions[:, None] + torch.arange(slots)
-    hidden: torch.Tensor = model(inputs, positions, _dense_attention(batch, context, config))
+    hidden: torch.Tensor = model(inputs, positions, attend)
     return hidden
+
+
+def _run_reordered(
+    model: BlockDrafter,
+    batch: BlockBatch,
+    observed: torch.Tensor,
+    last_features: torch.Tensor,
+    embedding: torch.Tensor,
+    attend: Attend,
+) -> torch.Tensor:
+    """``run_blocks`` with observed slots physically in front, as serving has them in its second pass."""
+    slots = model.config.block_size
+    # Slot i + 1 holds draft token i in both input schemes.
+    held = observed[:, : slots - 1]
+    tokens = batch.labels[:, : slots - 1].where(held, model.config.mask_token_id)
+    tokens = torch.cat([batch.anchor_tokens[:, None], tokens], dim=1)
+    observed_at = F.pad(torch.where(held, 1, 2), (1, 0), value=0).to(torch.int32)
+    order, places, positions, _ = reference.partition_block(observed_at, batch.anchor_positions)
+    bias = None if model.last_feature_proj is None else model.last_feature_proj(last_features)
+    hidden = model(model.slot_inputs(tokens.gather(1, order), order, bias, embedding), positions, attend)
+    if model.config.input_scheme is InputScheme.DFLASH:
+        # The anchor, which stands first and predicts nothing, has no row among the hidden states.
+        places = places[:, 1:] - 1
+    predicting: torch.Tensor = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
+    return predicting
 
 
 def _dense_attention(

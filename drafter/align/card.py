@@ -19,6 +19,8 @@ def write_card(path: Path, provenance: Provenance, parameters: int, licence: str
     source = "written by the target itself"
     if provenance.prompts is not None:
         source = f"{provenance.prompts.prompts:,} from `{provenance.prompts.name}`"
+    initial = provenance.training.get("initial")
+    start = "" if initial is None else f", going on from the drafter `{initial['name']}`"
     text = f"""# Block-diffusion drafter for {provenance.target}
 
 A drafter for speculative decoding: it proposes a block of tokens from the target's hidden states in one pass, and
@@ -31,7 +33,7 @@ the target verifies them. It cannot write text by itself, and it changes nothing
 | data | {provenance.corpus["answers"]:,} answers of the target, {provenance.corpus["answer_tokens"]:,} tokens, \
 at temperatures 0 and 0.7; prompts: {source} |
 | training | {provenance.training["steps"]:,} steps, {provenance.seconds / 60:.0f} minutes \
-on {provenance.versions["processor"]} |
+on {provenance.versions["processor"]}{start} |
 | licence | {licence} |
 
 Emitted tokens per verify step at temperature 0, on answers to prompts that were kept from training:

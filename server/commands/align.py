@@ -20,6 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     corpus.add_argument("--max-answer", type=int, default=192, help="longest answer, tokens (%(default)s)")
     corpus.add_argument("--concurrency", type=int, default=64, help="answers written at the same time (%(default)s)")
     drafter = parser.add_argument_group("drafter")
+    drafter.add_argument(
+        "--from",
+        dest="initial",
+        type=Path,
+        metavar="FOLDER",
+        help="checkpoint to train further; its shape holds, and the other flags of this group do not",
+    )
     drafter.add_argument("--layers", type=int, default=2, help="decoder layers, copied from the target's last (2)")
     drafter.add_argument(
         "--target-layers",
@@ -33,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=int, default=5000, help="optimiser steps (%(default)s)")
     training.add_argument("--learning-rate", type=float, default=8e-4, help="peak (%(default)s)")
+    training.add_argument(
+        "--observed-share",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of blocks with some draft tokens given, 0 to 1: trains refinement passes (%(default)s)",
+    )
     training.add_argument(
         "--precision", choices=("float32", "bfloat16"), default="float32", help="of the matrix products (%(default)s)"
     )

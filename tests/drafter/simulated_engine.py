@@ -48,6 +48,7 @@ class SimulatedEngine:
         self.proposer, self.page_size = proposer, page_size
         self.target = target or random_target()
         self.requests: dict[str, RequestState] = {}
+        self.end_tokens: frozenset[int] = frozenset()
         self._finished: list[str] = []
         self._free = list(range(num_pages))
         generator = torch.Generator().manual_seed(11)
@@ -119,6 +120,7 @@ class SimulatedEngine:
             context_lens=torch.tensor([state.computed for state in states]),
             sampled=[list(item.emitted) for item in work.values()],
             draft_limits=[item.limit for item in work.values()],
+            end_tokens=[self.end_tokens] * len(work),
             finished=finished,
             prompt_lens=[state.prompt_len for state in states],
         )

@@ -79,9 +79,9 @@ def target_shape(**changes: Any) -> TargetShape:
 
 
 def random_target(seed: int = 1, dtype: torch.dtype = torch.float32) -> TargetModel:
-    """The shared parts of a target whose output head is not its embedding."""
+    """The shared parts of a target whose output head is not its embedding; exact in float16, as serving holds it."""
     generator = torch.Generator().manual_seed(seed)
-    embedding, head = (torch.randn(VOCAB, HIDDEN, generator=generator).to(dtype) for _ in range(2))
+    embedding, head = (torch.randn(VOCAB, HIDDEN, generator=generator).half().to(dtype) for _ in range(2))
     return TargetModel(target_shape(), embedding, head)
 
 

@@ -22,6 +22,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from drafter.options import ProposalOptions
 from drafter.proposer import BlockDiffusionProposer
 from drafter.types import Drafts, TargetForward
 from scheduler.engine import EngineShape, engine_arguments
@@ -89,7 +90,7 @@ def fresh_kv(model: Any, proposer: BlockDiffusionProposer, tokens: list[int]) ->
     with torch.inference_mode():
         model(torch.tensor([tokens]))
         hidden = torch.cat([outputs[layer].reshape(len(tokens), -1) for layer in wanted], dim=-1)
-        drafter = proposer._model
+        drafter = proposer._drafter.model
         features = drafter.context_features(hidden)
         kv = [torch.stack(pair, dim=1) for pair in drafter.context_kv(features, torch.arange(len(tokens)))]
     for hook in hooks:
@@ -102,7 +103,7 @@ def main(model_folder: str, drafter_folder: str) -> None:
     shape = EngineShape(
         model_folder, max_model_len=_MAX_LEN, max_num_seqs=4, max_num_batched_tokens=64, kv_cache_bytes=64 << 20
     )
-    options = EngineOptions(DrafterOptions(Path(drafter_folder), max_draft_tokens=5, survival_floor=0.0))
+    options = EngineOptions(DrafterOptions(Path(drafter_folder), ProposalOptions(5), survival_floor=0.0))
     engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(shape, options)))
     core: Any = engine.engine_core.engine_core
     runner = core.model_executor.driver_worker.worker.model_runner

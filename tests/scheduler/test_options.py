@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 
+from drafter.options import PathSearch, ProposalOptions
 from scheduler.options import ADDITIONAL_CONFIG_KEY, DrafterOptions, EngineOptions, RecorderOptions
 
-DRAFTER = DrafterOptions(Path("/drafters/d"), max_draft_tokens=5, survival_floor=0.25)
+PROPOSAL = ProposalOptions(5, PathSearch.BEAM, beam_width=2, max_passes=3, observe_threshold=0.7, stop_at_end=False)
+DRAFTER = DrafterOptions(Path("/drafters/d"), PROPOSAL, survival_floor=0.25)
 RECORDER = RecorderOptions(Path("/corpus"), layers=(2, 11, 30))
 
 
@@ -18,12 +20,9 @@ def test_options_survive_the_way_to_another_process(options: EngineOptions) -> N
 
 
 def test_the_options_lie_under_a_key_of_their_own() -> None:
-    config = EngineOptions(drafter=DRAFTER).to_additional_config()
+    config = EngineOptions(recorder=RECORDER).to_additional_config()
     assert config == {
-        "slipstream": {
-            "drafter": {"checkpoint": "/drafters/d", "max_draft_tokens": 5, "survival_floor": 0.25},
-            "recorder": None,
-        }
+        "slipstream": {"drafter": None, "recorder": {"folder": "/corpus", "layers": (2, 11, 30)}, "weights": "exact"}
     }
     assert list(config) == [ADDITIONAL_CONFIG_KEY]
 

@@ -20,7 +20,7 @@ def test_every_setting_has_a_description_and_a_default_that_it_allows() -> None:
 def test_the_names_that_other_modules_rely_on() -> None:
     names = {section: set(getattr(Settings(), section).model_dump()) for section in Settings.model_fields}
     assert names == {
-        "model": {"source", "served_name", "dtype", "max_model_len", "cache_dir"},
+        "model": {"source", "served_name", "dtype", "weight_format", "max_model_len", "cache_dir"},
         "engine": {
             "max_num_seqs",
             "max_num_batched_tokens",
@@ -30,7 +30,18 @@ def test_the_names_that_other_modules_rely_on() -> None:
             "enforce_eager",
             "seed",
         },
-        "speculation": {"enabled", "drafter", "max_draft_tokens", "survival_floor"},
+        "speculation": {
+            "enabled",
+            "drafter",
+            "max_draft_tokens",
+            "survival_floor",
+            "path",
+            "beam_width",
+            "max_passes",
+            "observe_threshold",
+            "calibrated_threshold",
+            "stop_at_end",
+        },
         "server": {"host", "port", "log_level", "shutdown_grace_seconds"},
     }
 

@@ -40,6 +40,28 @@ struct AttentionTask {
   int64_t partial_stride;
 };
 
+// How the weights of a linear layer are held. All are widened to float in registers and all arithmetic is float.
+//
+// Weights lie in panels of kPanel output columns; a panel holds, for each input in turn, one number per column. The
+// blocked formats of GGUF put the scales (Q4_1: then the offsets) of a panel's columns as float16 in front of every
+// kBlock inputs. Q4_1 shares a byte between two inputs of one column, the first in the low half.
+enum class WeightFormat : int32_t { kFloat32, kBFloat16, kFloat16, kInt8, kQ8_0, kQ4_1 };
+
+inline constexpr int64_t kPanel = 16;
+inline constexpr int64_t kBlock = 32;
+
+// output[r, n] = sum over k of input[r, k] * weight[n, k], added up in the order of k for every r and n: a row's result
+// depends neither on the other rows nor on how many there are.
+struct LinearArgs {
+  const float* input;
+  int64_t input_stride, rows, in;
+  const void* panels;
+  WeightFormat format;
+  const float* scales;  // per column, kInt8 only
+  float* output;
+  int64_t output_stride, out;
+};
+
 struct RotaryArgs {
   const float* norm;   // [head_dim], or null
   float eps;
@@ -56,6 +78,8 @@ struct Kernels {
   // Norm and rotate one row from `source` into `target`.
   void (*rotate)(const RotaryArgs&, int64_t position, const void* source, DType from, void* target, DType to);
   void (*copy)(const void* source, DType from, void* target, DType to, int64_t head_dim);
+  // Columns of panels [first, last) for all rows.
+  void (*linear)(const LinearArgs&, int64_t first, int64_t last);
 };
 
 extern const Kernels kScalarKernels;

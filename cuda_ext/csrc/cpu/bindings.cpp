@@ -5,13 +5,16 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <atomic>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "../common/checks.h"
 #include "attention.h"
-#include "checks.h"
+#include "blocks.h"
 #include "dispatch.h"
 
 namespace slipstream {
@@ -21,6 +24,17 @@ using torch::stable::Tensor;
 
 void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
   torch::stable::parallel_for(0, count, grain, body);
+}
+
+DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " has dtype ", toString(tensor.scalar_type()), ", expected Float, BFloat16 or Half");
+  }
+  return DType::kFloat32;
 }
 
 Rows rows_of(const Tensor& tensor, const char* name) {
@@ -258,6 +272,84 @@ Tensor append_block(const Tensor& qkv, const std::optional<Tensor>& query_norm, 
   return query;
 }
 
+WeightFormat format_of(const std::string& name) {
+  constexpr const char* kNames[] = {"float32", "bfloat16", "float16", "int8", "q8_0", "q4_1"};
+  for (int32_t i = 0; i < 6; ++i) {
+    if (name == kNames[i]) return WeightFormat(i);
+  }
+  STD_TORCH_CHECK(false, "format is ", name, ", expected float32, bfloat16, float16, int8, q8_0 or q4_1");
+}
+
+// Bytes of kBlock inputs of one panel.
+int64_t panel_block_bytes(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kFloat32: return kPanel * kBlock * 4;
+    case WeightFormat::kInt8: return kPanel * kBlock;
+    case WeightFormat::kQ8_0: return kPanel * (kBlock + 2);
+    case WeightFormat::kQ4_1: return kPanel * (kBlock / 2 + 4);
+    default: return kPanel * kBlock * 2;
+  }
+}
+
+Tensor linear(const Tensor& input, const Tensor& panels, const std::optional<Tensor>& scales, int64_t out,
+              std::string name) {
+  check_dim(input, "input", 2);
+  check_dim(panels, "panels", 1);
+  check_index(input, "input", ScalarType::Float);
+  check_index(panels, "panels", ScalarType::Byte);
+  const WeightFormat format = format_of(name);
+  const int64_t rows = input.size(0), in = input.size(1), count = (out + kPanel - 1) / kPanel;
+  const bool blocked = format == WeightFormat::kQ8_0 || format == WeightFormat::kQ4_1;
+  STD_TORCH_CHECK(!blocked || in % kBlock == 0, "input is ", in, " wide, expected a multiple of ", kBlock, " for ", name);
+  const int64_t bytes = panel_block_bytes(format) * in / kBlock * count;
+  STD_TORCH_CHECK(out > 0 && panels.numel() == bytes, "panels has ", panels.numel(), " bytes, expected ", bytes, " for ",
+                  out, " outputs of ", in, " inputs in ", name);
+  STD_TORCH_CHECK(scales.has_value() == (format == WeightFormat::kInt8), "scales is ",
+                  scales ? "given" : "missing", ", expected only with int8 and always there");
+  if (scales) {
+    check_shape(*scales, "scales", {count * kPanel});
+    check_index(*scales, "scales", ScalarType::Float);
+  }
+  Tensor output = torch::stable::new_empty(input, {rows, out});
+  LinearArgs args{};
+  args.input = static_cast<const float*>(input.const_data_ptr());
+  args.input_stride = in;
+  args.rows = rows;
+  args.in = in;
+  args.panels = panels.const_data_ptr();
+  args.format = format;
+  args.scales = scales ? static_cast<const float*>(scales->const_data_ptr()) : nullptr;
+  args.output = static_cast<float*>(output.data_ptr());
+  args.output_stride = out;
+  args.out = out;
+  // Waking a thread has to be worth it.
+  constexpr int64_t kWorkPerThread = 1 << 16;
+  const int64_t grain = std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, in * kPanel * (1 + rows / 4)));
+  if (rows > 0) parallel_for(count, grain, [&](int64_t begin, int64_t end) { kernels().linear(args, begin, end); });
+  return output;
+}
+
+// The blocks [out, in / 32 * bytes] that `weight` was widened from; nothing, [0, 0], if there are none.
+Tensor find_blocks(const Tensor& weight, std::string name) {
+  check_dim(weight, "weight", 2);
+  check_index(weight, "weight", ScalarType::Float);
+  STD_TORCH_CHECK(name == "q8_0" || name == "q4_1", "format is ", name, ", expected q8_0 or q4_1");
+  const bool q8 = name == "q8_0";
+  const int64_t rows = weight.size(0), blocks = weight.size(1) / kBlock, size = q8 ? kQ8_0Bytes : kQ4_1Bytes;
+  const Tensor nothing = torch::stable::new_empty(weight, {0, 0}, ScalarType::Byte);
+  if (weight.size(1) % kBlock) return nothing;
+  Tensor found = torch::stable::new_empty(weight, {rows, blocks * size}, ScalarType::Byte);
+  const float* const from = static_cast<const float*>(weight.const_data_ptr());
+  uint8_t* const to = static_cast<uint8_t*>(found.data_ptr());
+  std::atomic<bool> exact{true};
+  parallel_for(rows * blocks, 1 << 12, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end && exact.load(std::memory_order_relaxed); ++i) {
+      if (!(q8 ? find_q8_0 : find_q4_1)(from + i * kBlock, to + i * size)) exact.store(false);
+    }
+  });
+  return exact ? found : nothing;
+}
+
 std::string cpu_isa() { return kernels().name; }
 
 void force_cpu_isa(std::string name) {
@@ -267,6 +359,7 @@ void force_cpu_isa(std::string name) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(slipstream, library) {
+  library.def("find_blocks(Tensor weight, str format) -> Tensor");
   library.def("cpu_isa() -> str");
   library.def("supported_cpu_isas() -> str");
   library.def("force_cpu_isa(str name) -> ()");
@@ -283,6 +376,8 @@ STABLE_TORCH_LIBRARY_IMPL(slipstream, CPU, library) {
   library.impl("partition_block", TORCH_BOX(&partition_block));
   library.impl("write_context", TORCH_BOX(&write_context));
   library.impl("append_block", TORCH_BOX(&append_block));
+  library.impl("linear", TORCH_BOX(&linear));
+  library.impl("find_blocks", TORCH_BOX(&find_blocks));
 }
 
 }  // namespace slipstream

@@ -2,10 +2,11 @@
 #define SLIPSTREAM_ISA scalar
 
 #include "block_attention.h"
+#include "linear.h"
 #include "rotary.h"
 
 namespace slipstream {
 const Kernels kScalarKernels = {
-    "scalar", scalar::scratch_floats, scalar::attend, scalar::combine, scalar::rotate, scalar::copy,
+    "scalar", scalar::scratch_floats, scalar::attend, scalar::combine, scalar::rotate, scalar::copy, scalar::linear,
 };
 }  // namespace slipstream

@@ -48,6 +48,16 @@ SLIPSTREAM_INLINE Vec widen_float16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
+SLIPSTREAM_INLINE Vec widen_int8(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+// The low or the high halves of bytes.
+template <bool high>
+SLIPSTREAM_INLINE Vec widen_nibbles(const uint8_t* p) {
+  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm512_cvtepi32_ps(high ? _mm512_srli_epi32(wide, 4) : _mm512_and_si512(wide, _mm512_set1_epi32(15)));
+}
+
 // Sixteen rows of sixteen to sixteen columns: target[i * stride + j] = rows[j][i].
 SLIPSTREAM_INLINE void store_transposed(const Vec* rows, float* target, int64_t stride) {
   __m512 a[16], b[16];
@@ -114,6 +124,15 @@ SLIPSTREAM_INLINE Vec widen_float16(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
+SLIPSTREAM_INLINE Vec widen_int8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+template <bool high>
+SLIPSTREAM_INLINE Vec widen_nibbles(const uint8_t* p) {
+  const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_cvtepi32_ps(high ? _mm256_srli_epi32(wide, 4) : _mm256_and_si256(wide, _mm256_set1_epi32(15)));
+}
+
 // Eight rows of eight to eight columns: target[i * stride + j] = rows[j][i].
 SLIPSTREAM_INLINE void store_transposed(const Vec* rows, float* target, int64_t stride) {
   __m256 a[8], b[8];
@@ -175,6 +194,10 @@ SLIPSTREAM_INLINE Vec scale_by_power(Vec value, Vec exponent) {
 }
 SLIPSTREAM_INLINE Vec widen_bfloat16(const uint16_t* p) { SLIPSTREAM_LANES(from_bfloat16(p[i])); }
 SLIPSTREAM_INLINE Vec widen_float16(const uint16_t* p) { SLIPSTREAM_LANES(from_float16(p[i])); }
+
+SLIPSTREAM_INLINE Vec widen_int8(const int8_t* p) { SLIPSTREAM_LANES(float(p[i])); }
+template <bool high>
+SLIPSTREAM_INLINE Vec widen_nibbles(const uint8_t* p) { SLIPSTREAM_LANES(float(high ? p[i] >> 4 : p[i] & 15)); }
 
 SLIPSTREAM_INLINE void store_transposed(const Vec* rows, float* target, int64_t stride) {
   for (int i = 0; i < 4; ++i) {

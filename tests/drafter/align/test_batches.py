@@ -1,15 +1,18 @@
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from drafter.align.batches import anchor_range, block_mask, make_batch, run_blocks
+from drafter.align.batches import anchor_range, block_mask, draw_observed, make_batch, run_blocks
 from drafter.align.corpus import Answer, AnswerId
 from drafter.config import DrafterConfig
-from tests.drafter.tiny import HEAD_DIM, HIDDEN, dflash_config, random_drafter, random_target, shift_config
+from tests.drafter.dense import dense_block
+from tests.drafter.tiny import HIDDEN, dflash_config, random_drafter, random_target, shift_config
 
 CONFIGS = pytest.mark.parametrize("config", [shift_config(), dflash_config()], ids=["shift", "dflash"])
+EVERY_CONFIG = pytest.mark.parametrize(
+    "config", [shift_config(), dflash_config(), dflash_config(causal=True)], ids=["shift", "dflash", "causal dflash"]
+)
 
 
 def answer(length: int, prompt_len: int, seed: int = 0) -> Answer:
@@ -95,29 +98,69 @@ def test_blocks_of_several_answers_equal_one_dense_block_each(config: DrafterCon
     assert actual.shape == (5, config.num_draft_tokens, HIDDEN)
     pairs = [(item, anchor) for item, anchors in zip(ANSWERS, ANCHORS, strict=True) for anchor in anchors.tolist()]
     for block, (item, anchor) in enumerate(pairs):
-        hidden = torch.cat([item.hidden[1], item.hidden[3]], dim=-1)[:anchor].float()
-        features = model.context_features(hidden)
-        context = model.context_kv(features, torch.arange(anchor))
-
-        def attend(
-            layer: int,
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            context: list[tuple[torch.Tensor, torch.Tensor]] = context,
-            anchor: int = anchor,
-        ) -> torch.Tensor:
-            keys = torch.cat([context[layer][0], key[0]]).repeat_interleave(2, dim=1)
-            values = torch.cat([context[layer][1], value[0]]).repeat_interleave(2, dim=1)
-            scores = torch.einsum("qhd,khd->hqk", query[0], keys) / math.sqrt(HEAD_DIM)
-            if config.causal:
-                later = torch.ones(4, 4, dtype=torch.bool).triu(1)
-                scores[:, :, anchor:] = scores[:, :, anchor:].masked_fill(later, -math.inf)
-            return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)[None]
-
-        inputs = model.block_inputs(item.token_ids[anchor : anchor + 1], features[-1:], embedding, 4)
-        expected = model(inputs, torch.arange(anchor, anchor + 4)[None], attend)[0]
+        features = model.context_features(torch.cat([item.hidden[1], item.hidden[3]], dim=-1)[:anchor].float())
+        tokens = [int(item.token_ids[anchor]), *[config.mask_token_id] * 3]
+        expected = dense_block(model, features, tokens, range(4), embedding)
         torch.testing.assert_close(actual[block], expected, rtol=1e-4, atol=1e-5)
+
+
+@EVERY_CONFIG
+@torch.inference_mode()
+def test_observed_slots_stand_in_front_and_hold_the_answer(config: DrafterConfig) -> None:
+    model, embedding, count = random_drafter(config).model, random_target().embedding, config.num_draft_tokens
+    batch = make_batch(ANSWERS, ANCHORS, config)
+    slots_observed = [[2], [1, 3], [], [2, 3], [1]]
+    observed = torch.zeros(5, count, dtype=torch.bool)
+    for block, slots in enumerate(slots_observed):
+        observed[block, [slot - 1 for slot in slots]] = True
+    actual = run_blocks(model, replace(batch, observed=observed), embedding)
+    pairs = [(item, anchor) for item, anchors in zip(ANSWERS, ANCHORS, strict=True) for anchor in anchors.tolist()]
+    for block, (item, anchor) in enumerate(pairs):
+        features = model.context_features(torch.cat([item.hidden[1], item.hidden[3]], dim=-1)[:anchor].float())
+        known = [0, *slots_observed[block]]
+        order = [*known, *(slot for slot in range(4) if slot not in known)]
+        tokens = [int(item.token_ids[anchor + slot]) if slot in known else config.mask_token_id for slot in range(4)]
+        expected = dense_block(model, features, tokens, order, embedding)
+        torch.testing.assert_close(actual[block], expected, rtol=1e-4, atol=1e-5)
+
+
+LABELS = torch.tensor([[5, 6, 7, 8], [5, 6, -1, -1], [-1, -1, -1, -1]])
+
+
+@CONFIGS
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_observed_draft_tokens_are_drawn_evenly(config: DrafterConfig, share: float) -> None:
+    labels = LABELS[:, : config.num_draft_tokens].repeat(4000, 1)
+    observed = draw_observed(labels, share, config, torch.Generator().manual_seed(3))
+    assert observed is not None and observed.shape == labels.shape and observed.dtype == torch.bool
+    assert not bool(observed[labels < 0].any())
+    # Slots 1 to 3 hold draft tokens 0 to 2; the shift scheme's fourth is held by none.
+    for row, possible in ((0, 3), (1, 2)):
+        blocks = observed[row::3]
+        counts = torch.bincount(blocks.sum(dim=1), minlength=possible + 1) / 4000
+        assert counts[0] == pytest.approx(1 - share, abs=0.03)
+        assert counts[1:].tolist() == pytest.approx([share / possible] * possible, abs=0.03)
+        mean = share * (possible + 1) / 2 / possible
+        held = [mean] * possible + [0.0] * (config.num_draft_tokens - possible)
+        assert blocks.float().mean(dim=0).tolist() == pytest.approx(held, abs=0.03)
+
+
+def test_without_a_share_nothing_is_drawn() -> None:
+    generator = torch.Generator().manual_seed(3)
+    assert draw_observed(LABELS, 0.0, shift_config(), generator) is None
+    assert torch.equal(generator.get_state(), torch.Generator().manual_seed(3).get_state())
+
+
+def test_observed_labels_do_not_count() -> None:
+    batch = make_batch(ANSWERS, ANCHORS, shift_config())
+    assert torch.equal(batch.counted(), batch.labels >= 0)
+    observed = torch.zeros(5, 4, dtype=torch.bool)
+    observed[1, [0, 2]] = True
+    counted = replace(batch, observed=observed).counted()
+    expected = batch.labels >= 0
+    assert expected[1].tolist() == [True, True, True, False]
+    expected[1] = torch.tensor([False, True, False, False])
+    assert torch.equal(counted, expected)
 
 
 def test_the_missing_hidden_state_of_the_last_token_is_never_read() -> None:

@@ -44,6 +44,17 @@ def test_the_target_writes_prompts_and_answers_and_a_drafter_learns_from_them(tm
     assert other.returncode == 2
     assert "other options" in other.stderr.splitlines()[-1]
 
+    further = tmp_path / "further"
+    further.mkdir()
+    (further / "corpus").symlink_to(run / "corpus")
+    arguments = ("--answer-tokens", "400", "--own-prompts", "12", "--from", str(run / "checkpoint"))
+    result = _align("--run", str(further), *arguments, "--steps", "2", "--observed-share", "0.5")
+    assert result.returncode == 0 and "starting the engine" not in result.stderr, result.stderr[-3000:]
+    assert load_drafter(further / "checkpoint").model.config == load_drafter(run / "checkpoint").model.config
+    training = json.loads((further / "checkpoint" / "provenance.json").read_text())["training"]
+    assert training["observed_share"] == 0.5 and training["copied_layers"] == []
+    assert training["initial"]["name"] == "checkpoint" and str(tmp_path) not in json.dumps(training)
+
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     missing = _align("--run", str(tmp_path / "run"), "--prompts", str(tmp_path / "none.jsonl"))
@@ -52,3 +63,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     assert nothing.returncode == 2 and "--prompts FILE, or --own-prompts N" in nothing.stderr
     layers = _align("--run", str(tmp_path / "run"), "--own-prompts", "2", "--target-layers", "1,2")
     assert layers.returncode == 2 and "--target-layers = 1,2" in layers.stderr
+    nowhere = _align("--run", str(tmp_path / "run"), "--own-prompts", "2", "--from", str(tmp_path / "nowhere"))
+    assert nowhere.returncode == 2 and "is not a drafter checkpoint" in nowhere.stderr.splitlines()[-1]
+    share = _align("--run", str(tmp_path / "run"), "--own-prompts", "2", "--observed-share", "1.5")
+    assert share.returncode == 2 and "--observed-share = 1.5" in share.stderr.splitlines()[-1]

@@ -1,11 +1,20 @@
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 import torch
 
 from drafter.align.batches import make_batch, run_blocks
 from drafter.align.corpus import Answer, AnswerId
-from drafter.align.evaluate import AcceptanceReport, evaluate
+from drafter.align.evaluate import AcceptanceReport, evaluate, evaluate_serving
+from drafter.checkpoint import Drafter
+from drafter.config import DrafterConfig
 from drafter.head import DraftHead
-from tests.drafter.tiny import HIDDEN, VOCAB, random_drafter, random_target, shift_config
+from drafter.options import ProposalOptions
+from drafter.proposer import BlockDiffusionProposer
+from drafter.types import DraftPath
+from tests.drafter.simulated_engine import SimulatedEngine, Work
+from tests.drafter.tiny import HIDDEN, VOCAB, dflash_config, random_drafter, random_target, shift_config
 
 CONFIG = shift_config()
 TARGET = random_target()
@@ -40,9 +49,12 @@ class Oracle:
     def __init__(self, answers: list[Answer], right: list[list[int]]):
         self.calls = iter(zip(answers, right, strict=True))
 
-    def walk(self, hidden: torch.Tensor, anchors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+    def walk(self, logits: torch.Tensor, anchors: torch.Tensor) -> DraftPath:
         item, right = next(self.calls)
-        count = hidden.shape[1]
+        count = logits.shape[1]
         rows = []
         for i, good in enumerate(right):
             position = item.prompt_len + i
@@ -50,7 +62,7 @@ class Oracle:
             following = item.token_ids[position + 1 : position + 1 + count].tolist()
             following += [0] * (count - len(following))
             rows.append([token if k < good else (token + 1) % VOCAB for k, token in enumerate(following)])
-        return torch.tensor(rows), torch.zeros(len(rows), count)
+        return DraftPath(torch.tensor(rows), torch.zeros(len(rows), count))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -86,12 +98,12 @@ def test_the_drafters_own_drafts_are_walked() -> None:
     anchors = torch.arange(2, 11)
     with torch.inference_mode():
         hidden = run_blocks(drafter.model, make_batch([item], [anchors], CONFIG), TARGET.embedding)
-        drafts, _ = head.walk(hidden, item.token_ids[anchors])
+        drafts = head.walk(head.logits(hidden), item.token_ids[anchors]).tokens
     # The answer follows the drafts for a while, so that some are accepted.
     item.token_ids[3:6] = drafts[0, :3]
     with torch.inference_mode():
         hidden = run_blocks(drafter.model, make_batch([item], [anchors], CONFIG), TARGET.embedding)
-        drafts, _ = head.walk(hidden, item.token_ids[anchors])
+        drafts = head.walk(head.logits(hidden), item.token_ids[anchors]).tokens
     steps = simulate(item.token_ids.tolist(), 2, dict(zip(anchors.tolist(), drafts.tolist(), strict=True)))
     report = evaluate(drafter.model, head, TARGET.embedding, [item])
     assert report.steps["chat"] == len(steps) < 9
@@ -114,3 +126,80 @@ def test_a_summary_has_all_and_every_category() -> None:
     assert list(report.summary()) == ["all", "chat", "math"]
     assert report.emitted_per_step("math") == pytest.approx(4 / 3)
     assert report.emitted_per_step("code") == 0.0
+
+
+ANSWERS = [answer(9, 2, "chat", 1), answer(14, 5, "math", 2), answer(21, 1, "chat", 3), answer(3, 2, "code", 4)]
+CONFIGS = {"shift": CONFIG, "dflash": dflash_config(), "causal dflash": dflash_config(causal=True)}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_one_pass_of_the_network_that_serves_counts_the_same(config: DrafterConfig) -> None:
+    drafter = random_drafter(config)
+    expected = evaluate(drafter.model, drafter.head(TARGET), TARGET.embedding, follow(drafter, ANSWERS))
+    report = evaluate_serving(random_drafter(config), TARGET, follow(drafter, ANSWERS), ProposalOptions(99))
+    assert report == expected
+    assert sum(expected.accepted_by_slot) > 4 and report.passes == report.steps
+
+
+def follow(drafter: Drafter, answers: list[Answer]) -> list[Answer]:
+    """The answers, going on here and there as the drafter says in one pass, so that some drafts are accepted."""
+    head, followed = drafter.head(TARGET), []
+    for item in answers:
+        tokens = item.token_ids.clone()
+        for position in range(item.prompt_len, len(tokens) - 1, 3):
+            batch = make_batch([replace(item, token_ids=tokens)], [torch.tensor([position])], drafter.model.config)
+            with torch.inference_mode():
+                hidden = run_blocks(drafter.model, batch, TARGET.embedding)
+                drafts = head.walk(head.logits(hidden), batch.anchor_tokens).tokens[0]
+            count = min(2, len(tokens) - 1 - position)
+            tokens[position + 1 : position + 1 + count] = drafts[:count]
+        followed.append(replace(item, token_ids=tokens))
+    return followed
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_refined_drafts_are_those_of_the_server(config: DrafterConfig) -> None:
+    options = ProposalOptions(99, max_passes=3, observe_threshold=0.7)
+    proposer = BlockDiffusionProposer(random_drafter(config), options, "d")
+    engine, tokens = SimulatedEngine(proposer, TARGET), [5, 17, 30, 2]
+    engine.add("a", tokens)
+    steps, emitted = 0, [9]
+    while len(tokens) < 20:
+        tokens += emitted
+        drafts, _ = engine.step({"a": Work(drafts=emitted[:-1], emitted=emitted)})["a"]
+        # The target agrees with all but the last draft token of every step.
+        emitted, steps = [*drafts[:-1], (drafts[-1] + 1) % VOCAB], steps + 1
+    tokens += emitted
+    passes = proposer.command("counters", {})["passes"]
+    assert passes > steps
+    hidden = {i: states.half() for i, states in engine.hidden_states(tokens).items()}
+    item = Answer(AnswerId("chat", 0, 0.0), 4, torch.tensor(tokens), hidden)
+    report = evaluate_serving(random_drafter(config), TARGET, [item], options)
+    assert dict(report.steps) == {"chat": steps} and dict(report.passes) == {"chat": passes}
+    assert report.emitted["chat"] == len(tokens) - 5
+
+
+def test_thresholds_know_requests_by_the_answers_they_are_from() -> None:
+    seen: set[str] = set()
+
+    class Watching:
+        def at(self, pass_number: int, request_ids: Sequence[str], drafts: int) -> torch.Tensor:
+            seen.update(request_ids)
+            return torch.full((len(request_ids), drafts), 0.0 if request_ids[0].startswith("chat") else 2.0)
+
+    report = evaluate_serving(random_drafter(CONFIG), TARGET, ANSWERS, ProposalOptions(99, max_passes=2), Watching())
+    assert seen == {"chat/1/0", "math/2/0", "chat/3/0"}
+    assert report.passes["chat"] == 2 * report.steps["chat"] and report.passes["math"] == report.steps["math"]
+
+
+@pytest.mark.parametrize("cap", [1, 2])
+def test_a_cap_on_draft_tokens_bounds_what_is_accepted(cap: int) -> None:
+    drafter = random_drafter(CONFIG)
+    report = evaluate_serving(random_drafter(CONFIG), TARGET, follow(drafter, ANSWERS), ProposalOptions(cap))
+    assert len(report.accepted_by_slot) == cap and report.accepted_by_slot[0] > 0
+    assert max(report.emitted[c] / report.steps[c] for c in report.steps) <= cap + 1
+
+
+def test_no_answers_count_nothing() -> None:
+    report = evaluate_serving(random_drafter(CONFIG), TARGET, [], ProposalOptions(99))
+    assert report.emitted_per_step() == 0.0

@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from drafter.align.provenance import PromptFile, Provenance, commit, prompt_file, versions, without_folders
+from drafter.align.provenance import (
+    CheckpointFile,
+    PromptFile,
+    Provenance,
+    checkpoint_file,
+    commit,
+    prompt_file,
+    versions,
+    without_folders,
+)
+from drafter.errors import DrafterCheckpointError
 
 
 def test_everything_is_written_as_json(tmp_path: Path) -> None:
@@ -42,6 +52,21 @@ def test_a_prompt_file_is_known_by_name_and_content(tmp_path: Path) -> None:
     (tmp_path / "deep" / "p.jsonl").write_bytes(b"content\n")
     expected = PromptFile("p.jsonl", hashlib.sha256(b"content\n").hexdigest(), 3)
     assert prompt_file(tmp_path / "deep" / "p.jsonl", 3) == expected
+
+
+def test_a_checkpoint_is_known_by_name_and_content(tmp_path: Path) -> None:
+    folder = tmp_path / "drafter"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"one")
+    (folder / "config.json").write_bytes(b"{}")
+    assert checkpoint_file(folder) == CheckpointFile("drafter", hashlib.sha256(b"one").hexdigest())
+    (folder / "slipstream.safetensors").write_bytes(b"two")
+    assert checkpoint_file(folder).sha256 == hashlib.sha256(b"onetwo").hexdigest()
+
+
+def test_a_folder_without_tensors_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(DrafterCheckpointError, match=f"{tmp_path} is not a drafter checkpoint"):
+        checkpoint_file(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import copy
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,8 +14,10 @@ from drafter.align.batches import BlockBatch, make_batch, run_blocks
 from drafter.align.corpus import Answer, AnswerId, Corpus, ShardWriter
 from drafter.align.initial import TargetWeights, read_target
 from drafter.align.train import StepReport, Trainer, TrainOptions, is_held_out, read_history
-from drafter.checkpoint import Drafter, load_drafter
+from drafter.checkpoint import Drafter, load_drafter, save_drafter
 from drafter.config import DrafterConfig
+from drafter.errors import DrafterCheckpointError
+from drafter.options import ProposalOptions
 from drafter.proposer import BlockDiffusionProposer
 from drafter.serving import ServingDrafter
 from tests.drafter.simulated_engine import SimulatedEngine, Work
@@ -94,22 +98,45 @@ def test_the_loss_falls_and_drafts_get_accepted(train: Callable[..., Trainer], c
     assert after.emitted_per_step("chat") > before.emitted_per_step("chat") + 0.3
 
 
-def test_the_loss_is_what_it_says(tmp_path: Path, target: TargetWeights, corpus: Corpus) -> None:
-    """Cross-entropy with the target's token where it can be drafted, and with its distribution everywhere."""
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_the_loss_is_what_it_says(
+    tmp_path: Path, target: TargetWeights, corpus: Corpus, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """Cross-entropy with the target's token where it can be drafted, and with its distribution everywhere.
+
+    Draft tokens that a block is given do not count, and the others are predicted with them in view.
+    """
     config, token_ids = shift_config(draft_vocab_size=20), torch.arange(0, VOCAB, 2)
-    options = replace(OPTIONS, steps=1, answers_per_step=7, anchors_per_answer=99, slot_decay=2.0)
+    options = replace(OPTIONS, steps=1, answers_per_step=7, anchors_per_answer=99, slot_decay=2.0, observed_share=share)
+    given: dict[int, torch.Tensor] = {}
+
+    def watched(batch: BlockBatch, **changes: Any) -> BlockBatch:
+        """Note which draft tokens of which answer are given: answers are known by their first anchor's token."""
+        observed = changes["observed"]
+        if observed is not None:
+            for start in range(0, 70, 10):
+                given[int(batch.anchor_tokens[start])] = observed[start : start + 10]
+        return replace(batch, **changes)
+
+    monkeypatch.setattr(train_module, "replace", watched)
     trainer, losses = Trainer(tmp_path / "run", corpus, target, config, token_ids, options), list[float]()
-    model = trainer.drafter.model
-    fill(model, torch.Generator().manual_seed(1))
+    fill(trainer.drafter.model, torch.Generator().manual_seed(1))
+    model = copy.deepcopy(trainer.drafter.model)
+    trainer.run(lambda report: losses.append(report.loss))
+    assert len(given) == (7 if share else 0)
     assert model.markov is not None
     hard, soft, hard_weight, soft_weight = 0.0, 0.0, 0.0, 0.0
     with torch.no_grad():
         for index in range(1, 8):
             answer = corpus.read(index)
             anchors = torch.arange(3, 13)
-            hidden = run_blocks(model, make_batch([answer], [anchors], config), target.embedding)
+            observed = given[int(answer.token_ids[3])] if share else None
+            batch = replace(make_batch([answer], [anchors], config), observed=observed)
+            hidden = run_blocks(model, batch, target.embedding)
             for block, anchor in enumerate(anchors.tolist()):
                 for slot, position in enumerate(range(anchor, min(anchor + 4, 13))):
+                    if observed is not None and observed[block, slot]:
+                        continue
                     # The row at ``position`` predicts the token behind it.
                     logits = target.output_head[token_ids] @ hidden[block, slot]
                     student = (logits + model.markov(answer.token_ids[position])).log_softmax(-1)
@@ -122,7 +149,6 @@ def test_the_loss_is_what_it_says(tmp_path: Path, target: TargetWeights, corpus:
                     if int(answer.token_ids[position + 1]) % 2 == 0:
                         hard -= weight * float(student[teacher.argmax()])
                         hard_weight += weight
-    trainer.run(lambda report: losses.append(report.loss))
     assert losses == pytest.approx([0.5 * hard / hard_weight + 0.5 * soft / soft_weight], rel=1e-4)
 
 
@@ -252,7 +278,14 @@ def test_an_interrupted_save_keeps_the_state_before(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"steps": 9}, {"learning_rate": 1e-3}, {"seed": 1}, {"copied_layers": (1, 3)}, {"precision": "bfloat16"}],
+    [
+        {"steps": 9},
+        {"learning_rate": 1e-3},
+        {"seed": 1},
+        {"copied_layers": (1, 3)},
+        {"precision": "bfloat16"},
+        {"observed_share": 0.5},
+    ],
 )
 def test_a_state_of_other_options_is_refused(
     train: Callable[..., Trainer], tmp_path: Path, changes: dict[str, Any]
@@ -272,6 +305,80 @@ def test_a_state_of_another_drafter_is_refused(train: Callable[..., Trainer]) ->
 def test_a_corpus_smaller_than_one_step_is_refused(train: Callable[..., Trainer]) -> None:
     with pytest.raises(ValueError, match="7 answers.* 8"):
         train(answers_per_step=8).run(lambda report: None)
+
+
+def test_training_with_given_draft_tokens_resumes_too(train: Callable[..., Trainer], tmp_path: Path) -> None:
+    train("whole", observed_share=0.5).run(lambda report: None)
+    with pytest.raises(KeyboardInterrupt):
+        train("parts", observed_share=0.5).run(interrupt_at(5))
+    train("parts", observed_share=0.5).run(lambda report: None)
+    train("none").run(lambda report: None)
+    weights = [
+        torch.load(tmp_path / name / "state.pt", weights_only=True)["model"]["layers.0.qkv_proj.weight"]
+        for name in ("whole", "parts", "none")
+    ]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A drafter that the target's layers would not give."""
+    save_drafter(replace(random_drafter(CONFIG, seed=3), token_ids=TOKEN_IDS), tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def test_training_starts_from_a_checkpoint(train: Callable[..., Trainer], checkpoint: Path) -> None:
+    trainer, stored = train(initial=checkpoint, copied_layers=()), load_drafter(checkpoint).model.state_dict()
+    for name, tensor in trainer.drafter.model.state_dict().items():
+        assert torch.equal(tensor, stored[name]), name
+    reports: list[StepReport] = []
+    trainer.run(reports.append)
+    assert len(reports) == 8
+    assert all(not torch.equal(p, stored[name]) for name, p in trainer.drafter.model.named_parameters())
+
+
+def test_a_run_from_a_checkpoint_resumes_wherever_that_lies_but_from_no_other(
+    train: Callable[..., Trainer], checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(initial=checkpoint).run(interrupt_at(4))
+    moved = (tmp_path / "elsewhere").resolve() / "checkpoint"
+    moved.parent.mkdir()
+    checkpoint.rename(moved)
+    assert train(initial=moved).step == 3
+    with pytest.raises(ValueError, match="was trained with other options"):
+        train()
+    save_drafter(replace(random_drafter(CONFIG, seed=4), token_ids=TOKEN_IDS), moved)
+    with pytest.raises(ValueError, match="was trained with other options"):
+        train(initial=moved)
+
+
+@pytest.mark.parametrize(
+    "drafter",
+    [
+        replace(random_drafter(shift_config(block_size=3)), token_ids=TOKEN_IDS),
+        replace(random_drafter(CONFIG), token_ids=TOKEN_IDS + 1),
+    ],
+    ids=["another shape", "another vocabulary"],
+)
+def test_a_checkpoint_of_another_drafter_is_refused(
+    train: Callable[..., Trainer], tmp_path: Path, drafter: Drafter
+) -> None:
+    save_drafter(drafter, tmp_path / "other")
+    with pytest.raises(ValueError, match=f"{tmp_path / 'other'} is another drafter than the one to train"):
+        train(initial=tmp_path / "other")
+
+
+def test_a_folder_without_a_checkpoint_is_refused(train: Callable[..., Trainer], tmp_path: Path) -> None:
+    with pytest.raises(DrafterCheckpointError, match="is not a drafter checkpoint"):
+        train(initial=tmp_path / "nothing")
+
+
+def test_options_are_told_without_folders(checkpoint: Path) -> None:
+    told = replace(OPTIONS, initial=checkpoint).to_json()
+    assert told["initial"]["name"] == "checkpoint" and len(told["initial"]["sha256"]) == 64
+    assert {**told, "initial": None} == OPTIONS.to_json()
+    assert str(checkpoint.parent) not in json.dumps(told)
 
 
 def test_different_seeds_train_different_drafters(train: Callable[..., Trainer]) -> None:
@@ -327,7 +434,8 @@ def test_training_and_serving_compute_the_same_hidden_states(
     config: DrafterConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainee = random_drafter(config)
-    engine = SimulatedEngine(BlockDiffusionProposer(random_drafter(config), config.num_draft_tokens, "d"), num_pages=40)
+    options = ProposalOptions(config.num_draft_tokens)
+    engine = SimulatedEngine(BlockDiffusionProposer(random_drafter(config), options, "d"), num_pages=40)
     tokens = [(7 * i) % VOCAB for i in range(14)]
     hidden = {i: states.half() for i, states in engine.hidden_states(tokens).items()}
     answer, anchors = Answer(AnswerId("chat", 1, 0.0), 4, torch.tensor(tokens), hidden), [4, 7, 8, 12]

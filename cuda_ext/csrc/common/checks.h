@@ -8,8 +8,6 @@
 #include <initializer_list>
 #include <string>
 
-#include "args.h"
-
 namespace slipstream {
 
 using torch::headeronly::ScalarType;
@@ -58,17 +56,6 @@ inline void check_index(const Tensor& tensor, const char* name, ScalarType expec
   const bool rows = tensor.dim() == 2 && tensor.size(1) > 0 && std::string(name) == "block_tables";
   STD_TORCH_CHECK(rows ? tensor.stride(1) == 1 : tensor.is_contiguous(), name, " has strides ",
                   shape_text(tensor.strides()), ", expected contiguous ones");
-}
-
-inline DType dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, " has dtype ", toString(tensor.scalar_type()), ", expected Float, BFloat16 or Half");
-  }
-  return DType::kFloat32;
 }
 
 inline void check_same_dtype(const Tensor& tensor, const char* name, const Tensor& other, const char* other_name) {
