@@ -103,28 +103,38 @@ class HashedNgrams:
         self._total = 0
         self._since_halving = 0
 
-    def observe(self, previous2: Tokens, previous1: Tokens, tokens: Tokens, scopes: Tokens | None = None) -> None:
+    def observe(
+        self,
+        previous2: Tokens,
+        previous1: Tokens,
+        tokens: Tokens,
+        scopes: Tokens | None = None,
+        shared: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
         """Count tokens, each with the two before it.
 
         Args:
             previous2, previous1, tokens: ``[n]`` int64, in the order in which they were written; the tokens before
                 may be ``UNKNOWN``.
             scopes: ``[n]`` int64 from 1, under which the n-grams are counted once more; ``None`` for none.
+            shared: ``[n]`` which tokens count outside of their scope; ``None`` for all.
         """
         if not len(tokens):
             return
+        public = np.ones(len(tokens), dtype=np.bool_) if shared is None else shared
         histories = _history_keys(previous2, previous1, scopes)
         continuations = _continuation_keys(histories, tokens[:, None])
         known = np.empty(histories.shape, dtype=np.bool_)
         known[:, 0::2] = (previous1 >= 0)[:, None]
         known[:, 1::2] = ((previous1 >= 0) & (previous2 >= 0))[:, None]
+        known[:, :2] &= public[:, None]
         successors = np.broadcast_to(tokens[:, None] + 1, histories.shape)[known]
         self._table.add(
             np.concatenate([histories[known], continuations[known]]),
             np.concatenate([successors, np.zeros_like(successors)]).astype(np.int32),
         )
-        np.add.at(self._unigrams, tokens, 1)
-        self._total += len(tokens)
+        np.add.at(self._unigrams, tokens[public], 1)
+        self._total += int(public.sum())
         self._since_halving += len(tokens)
         while self._since_halving >= self._half_life:
             self._since_halving -= self._half_life
@@ -176,7 +186,7 @@ class TextStream:
 
     Prompts count as they are run, answers as they are emitted, drafts only once they are accepted. Tokens that are
     run again after a preemption do not count again. Tokens that are never run, because the prefix cache holds them,
-    stay unknown.
+    stay unknown. Private requests count for themselves alone.
     """
 
     def __init__(self, ngrams: HashedNgrams):
@@ -190,7 +200,7 @@ class TextStream:
             self._texts.pop(request_id, None)
         token_ids, starts = forward.token_ids.cpu().numpy(), forward.row_starts.tolist()
         positions, lengths = forward.positions.cpu().numpy(), forward.context_lens.tolist()
-        columns: tuple[list[int], ...] = ([], [], [], [])
+        columns: tuple[list[int], ...] = ([], [], [], [], [])
         for r, request_id in enumerate(forward.request_ids):
             start, first = starts[r], int(positions[starts[r]])
             text = self._text(request_id)
@@ -202,11 +212,13 @@ class TextStream:
                 # The accepted drafts before it are among the tokens that were run.
                 run.append(forward.sampled[r][-1])
             known = [text.before, text.last, *run]
-            for column, values in zip(columns, (known[:-2], known[1:-1], run, [text.scope] * len(run)), strict=True):
+            repeated = ([text.scope] * len(run), [not forward.private[r]] * len(run))
+            for column, values in zip(columns, (known[:-2], known[1:-1], run, *repeated), strict=True):
                 column.extend(values)
             text.before, text.last = known[-2:]
             text.counted += len(run)
-        self._ngrams.observe(*(np.array(column, dtype=np.int64) for column in columns))
+        before, last, tokens, scopes, shared = (np.array(column, dtype=np.int64) for column in columns)
+        self._ngrams.observe(before, last, tokens, scopes, shared.astype(np.bool_))
 
     def context(self, request_ids: Sequence[str]) -> TextContext:
         """What stands before the last token of requests that are running; raises ``KeyError`` for others."""

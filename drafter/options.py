@@ -1,4 +1,4 @@
-"""How draft tokens are chosen: every switch is off, or at its neutral value, unless measurement showed a gain."""
+"""How draft tokens are chosen. The defaults here are the plainest; those that measured best are the settings'."""
 
 from dataclasses import dataclass
 from enum import StrEnum

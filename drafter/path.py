@@ -322,9 +322,9 @@ def _pooled(drafter: _Floats, ngrams: _Floats) -> _Floats:
     If they knew the same, their average would be right; if each erred on its own, the probability that either is
     right. Measured, the first is too low by about as much as the second is too high: this is the middle.
     """
-    average, either = (drafter + ngrams) / 2, drafter + ngrams - drafter * ngrams
-    pooled: _Floats = (average + either) / 2
-    return pooled
+    half = np.float32(0.5)
+    average, either = half * (drafter + ngrams), drafter + ngrams - drafter * ngrams
+    return half * (average + either)
 
 
 def _first_of_their_kind(extra: Tokens, tokens: Tokens, valid: _Flags) -> _Flags:

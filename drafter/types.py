@@ -70,6 +70,7 @@ class TargetForward:
         sampled: tokens that the step emitted per request; empty while a prompt is still being read.
         draft_limits: the most draft tokens that can still be used per request.
         end_tokens: per request, the tokens that end its answer.
+        private: per request, whether nothing of its text may show in the drafts of others.
         finished: requests that ended since the last pass.
         prompt_lens: ``R`` prompt lengths in tokens.
     """
@@ -85,6 +86,7 @@ class TargetForward:
     sampled: Sequence[Sequence[int]]
     draft_limits: Sequence[int]
     end_tokens: Sequence[Set[int]]
+    private: Sequence[bool]
     finished: Sequence[str]
     prompt_lens: Sequence[int]
 

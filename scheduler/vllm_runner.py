@@ -15,7 +15,7 @@ from scheduler.noise import request_seed
 from scheduler.vllm_platform import BaseModelRunner
 from scheduler.vllm_proposer import ProposerHost
 from scheduler.vllm_sampler import PositionKeyedSampler, StepKeys, use_position_keyed_sampling
-from scheduler.vllm_types import SurvivalDraftTokenIds
+from scheduler.vllm_types import PrivacySchedulerOutput, SurvivalDraftTokenIds
 
 
 class SlipstreamModelRunner(BaseModelRunner):
@@ -30,6 +30,7 @@ class SlipstreamModelRunner(BaseModelRunner):
         self.use_aux_hidden_state_outputs = self._host is not None
         self._seeds: dict[str, int] = {}
         self._end_tokens: dict[str, frozenset[int]] = {}
+        self._private: set[str] = set()
         self._finished: list[str] = []
         self._survival: list[list[float]] = []
         self._group = 0
@@ -52,9 +53,12 @@ class SlipstreamModelRunner(BaseModelRunner):
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         self._finished.extend(scheduler_output.finished_req_ids)
+        if isinstance(scheduler_output, PrivacySchedulerOutput):
+            self._private |= scheduler_output.private_requests
         for request_id in scheduler_output.finished_req_ids:
             self._seeds.pop(request_id, None)
             self._end_tokens.pop(request_id, None)
+            self._private.discard(request_id)
         corrections = super()._update_states(scheduler_output)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
@@ -133,6 +137,7 @@ class SlipstreamModelRunner(BaseModelRunner):
             sampled=sampled,
             draft_limits=self._draft_limits(request_ids, context_lens),
             end_tokens=[self._end_tokens[r] for r in request_ids],
+            private=[r in self._private for r in request_ids],
             finished=finished,
             prompt_lens=[int(n) for n in batch.num_prompt_tokens[:num_reqs]],
         )

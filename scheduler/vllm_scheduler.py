@@ -10,7 +10,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from scheduler.options import EngineOptions
 from scheduler.policy import SurvivalFloor
-from scheduler.vllm_types import SurvivalDraftTokenIds
+from scheduler.vllm_types import PrivacySchedulerOutput, SurvivalDraftTokenIds
 
 
 class SlipstreamScheduler(Scheduler):
@@ -24,6 +24,13 @@ class SlipstreamScheduler(Scheduler):
             # With a table vLLM does not pad a one-token admission with fake drafts, which would be counted as
             # drafts and sampled under other rules. The table itself changes nothing: one length for every batch.
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """vLLM's choice of what to run; a cache salt keeps a request's text from others, our drafts included."""
+        output = super().schedule(*args, **kwargs)
+        new = [request.req_id for request in output.scheduled_new_reqs]
+        private = frozenset(request_id for request_id in new if self.requests[request_id].cache_salt)
+        return PrivacySchedulerOutput.of(output, private) if private else output
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Trim the drafts, then let vLLM check them against grammars and attach them to their requests."""

@@ -9,9 +9,12 @@ from drafter.checkpoint import check_fits
 from drafter.config import read_config
 from drafter.errors import DrafterCheckpointError
 from drafter.types import TargetShape
-from server.errors import DrafterError, ModelError, ServerStartError
+from server.errors import ConfigError, DrafterError, ModelError, ServerStartError
 from server.hardware import memory_gib
 from server.settings import Settings
+
+ROUNDING_FORMATS = ("bfloat16", "int8")
+"""Values of ``model.weight_format`` that change the model."""
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -58,6 +61,24 @@ def check_length(settings: Settings, target: dict[str, Any]) -> None:
             f"model.max_model_len = {settings.model.max_model_len} is more than {settings.model.source} "
             f"was made for: {longest} tokens"
         )
+
+
+def check_weight_format(settings: Settings) -> None:
+    """Refuse to serve a model as it is under the name of a rounded one.
+
+    Raises:
+        ConfigError: weights should be rounded, and what rounds them would not run.
+    """
+    model = settings.model
+    if model.weight_format not in ROUNDING_FORMATS:
+        return
+    from cuda_ext import ops
+
+    asked = f"model.weight_format = {model.weight_format}"
+    if model.dtype != "float32":
+        raise ConfigError(f"{asked} rounds float32 weights, and model.dtype is {model.dtype}")
+    if not ops.kernels().cpu_compiled:
+        raise ConfigError(f"{asked} needs the compiled CPU kernels: {ops.kernels().cpu}")
 
 
 def check_drafter(drafter: Path, target_folder: Path, target: dict[str, Any]) -> None:

@@ -15,7 +15,15 @@ from server.drafter_store import resolve_drafter
 from server.engine_output import EngineOutput
 from server.errors import ServerStartError
 from server.model_store import resolve_model
-from server.preflight import bind, check_drafter, check_length, check_memory, read_target_config
+from server.preflight import (
+    ROUNDING_FORMATS,
+    bind,
+    check_drafter,
+    check_length,
+    check_memory,
+    check_weight_format,
+    read_target_config,
+)
 from server.progress import ProgressBar
 from server.settings import Settings
 
@@ -36,6 +44,17 @@ class Served:
     model: Path
     name: str
     drafter: Path | None
+
+    @property
+    def rounding(self) -> str:
+        """The format that the target's weights are rounded to; empty when they stay what they are."""
+        weights = self.settings.model.weight_format
+        return weights if weights in ROUNDING_FORMATS else ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in the API: a rounded model is another model, and the list of models says so."""
+        return (self.name, f"{self.name}:{self.rounding}") if self.rounding else (self.name,)
 
 
 def serve(settings: Settings) -> int:
@@ -58,6 +77,7 @@ def _prepare(settings: Settings) -> Served:
         model = resolve_model(settings.model.source, settings.model.cache_dir, progress)
     target = read_target_config(model)
     check_length(settings, target)
+    check_weight_format(settings)
     drafter = resolve_drafter(settings.speculation.drafter) if settings.speculation.enabled else None
     if drafter is not None:
         check_drafter(drafter, model, target)
@@ -138,7 +158,7 @@ async def _http_server(served: Served, engine: "AsyncLLM", history: "Speculation
     from server.vllm_adapter import build_openai_app, drafter_counters, lifespan_of
 
     settings = served.settings
-    openai_app = await build_openai_app(engine, str(served.model), served.name)
+    openai_app = await build_openai_app(engine, str(served.model), served.names)
     speculation = SpeculationSource(
         drafter=served.drafter.name if served.drafter else None,
         max_draft_tokens=settings.speculation.max_draft_tokens if served.drafter else 0,
@@ -167,13 +187,14 @@ def _ready_block(served: Served, seconds: float) -> str:
         if served.drafter is None
         else (f"{served.drafter.name}, up to {served.settings.speculation.max_draft_tokens} tokens a step")
     )
+    rounding = f", weights rounded to {served.rounding}" if served.rounding else ""
     body = f'{{"model": "{served.name}", "messages": [{{"role": "user", "content": "Say hello."}}]}}'
     return "\n".join(
         [
             "",
             f"  Slipstream is ready ({seconds:.0f} s)",
             f"  URL      {url}/v1",
-            f"  model    {served.name} ({served.settings.model.dtype})",
+            f"  model    {served.name} ({served.settings.model.dtype}{rounding})",
             f"  drafter  {drafter}",
             "",
             f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}",

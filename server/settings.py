@@ -69,7 +69,7 @@ class SpeculationSettings(_Section):
         0.12, "a drafted token less likely than this to be reached is not verified", unit="probability", ge=0, le=1
     )
     path: Literal["independent", "walk", "beam"] = _setting(
-        "walk",
+        "beam",
         "how a draft is picked: each token by itself, left to right with the drafter's Markov head, or the best of "
         "several paths under an n-gram model of the text so far",
     )

@@ -1,6 +1,6 @@
 """The one module of the server that touches vLLM: its OpenAI application, embedded in this process."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,16 +12,16 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
 
-async def build_openai_app(engine: AsyncLLM, model: str, served_name: str) -> FastAPI:
+async def build_openai_app(engine: AsyncLLM, model: str, served_names: Sequence[str]) -> FastAPI:
     """vLLM's OpenAI application over a running engine.
 
     Args:
         engine: the engine that answers.
         model: folder of the target.
-        served_name: the model's name in the API.
+        served_names: the model's names in the API.
     """
     parser = make_arg_parser(FlexibleArgumentParser())
-    args = parser.parse_args(["--model", model, "--served-model-name", served_name])
+    args = parser.parse_args(["--model", model, "--served-model-name", *served_names])
     validate_parsed_serve_args(args)
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)

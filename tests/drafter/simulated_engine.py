@@ -49,6 +49,7 @@ class SimulatedEngine:
         self.target = target or random_target()
         self.requests: dict[str, RequestState] = {}
         self.end_tokens: frozenset[int] = frozenset()
+        self.private: set[str] = set()
         self._finished: list[str] = []
         self._free = list(range(num_pages))
         generator = torch.Generator().manual_seed(11)
@@ -121,6 +122,7 @@ class SimulatedEngine:
             sampled=[list(item.emitted) for item in work.values()],
             draft_limits=[item.limit for item in work.values()],
             end_tokens=[self.end_tokens] * len(work),
+            private=[request_id in self.private for request_id in work],
             finished=finished,
             prompt_lens=[state.prompt_len for state in states],
         )

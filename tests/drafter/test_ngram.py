@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -219,9 +220,18 @@ class Recorder(HashedNgrams):
     def __init__(self) -> None:
         super().__init__(VOCAB, cells=4)
         self.rows: list[Row] = []
+        self.shared: list[bool] = []
 
-    def observe(self, previous2: Tokens, previous1: Tokens, tokens: Tokens, scopes: Tokens | None = None) -> None:
-        assert scopes is not None
+    def observe(
+        self,
+        previous2: Tokens,
+        previous1: Tokens,
+        tokens: Tokens,
+        scopes: Tokens | None = None,
+        shared: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
+        assert scopes is not None and shared is not None
+        self.shared += shared.tolist()
         self.rows += zip(scopes.tolist(), previous2.tolist(), previous1.tolist(), tokens.tolist(), strict=True)
 
 
@@ -234,6 +244,7 @@ class Run:
     tokens: list[int]
     final: int
     emitted: list[int] = field(default_factory=list)
+    private: bool = False
 
 
 def target_forward(runs: Sequence[Run], finished: Sequence[str] = ()) -> TargetForward:
@@ -253,6 +264,7 @@ def target_forward(runs: Sequence[Run], finished: Sequence[str] = ()) -> TargetF
         sampled=[run.emitted for run in runs],
         draft_limits=[9] * len(runs),
         end_tokens=[set()] * len(runs),
+        private=[run.private for run in runs],
         finished=finished,
         prompt_lens=[1] * len(runs),
     )
@@ -274,6 +286,20 @@ def test_a_prompt_in_chunks_then_an_answer_with_drafts() -> None:
     assert texts.context(["a"]).before.tolist() == [17] and texts.context(["a"]).scopes.tolist() == [1]
     texts.take(target_forward([Run("a", 8, [18, 98, 97], 9, [19])]))
     assert recorder.rows == rows_of(list(range(10, 20)), 1)
+
+
+def test_private_requests_count_for_themselves_alone() -> None:
+    texts, recorder = stream()
+    texts.take(target_forward([Run("a", 0, [10, 11], 2, [12], private=True), Run("b", 0, [20], 1, [21])]))
+    assert recorder.shared == [False] * 3 + [True] * 2
+    ngrams, text = HashedNgrams(VOCAB), np.array([3, 4, 5, 3, 4], dtype=np.int64)
+    before = ngrams.probability(ngrams.histories(text[:1], text[1:2]), text[None, 2:3])
+    ngrams.observe(text[:-2], text[1:-1], text[2:], np.full(3, 1), np.zeros(3, dtype=np.bool_))
+    others = ngrams.histories(text[:1], text[1:2], np.array([2]))
+    np.testing.assert_array_equal(ngrams.probability(others, text[None, 2:3]), before)
+    assert others.successors.tolist() == [[UNKNOWN, UNKNOWN]]
+    own = ngrams.histories(text[:1], text[1:2], np.array([1]))
+    assert float(ngrams.probability(own, text[None, 2:3])[0, 0]) > 0.4
 
 
 def test_tokens_of_the_prefix_cache_stay_unknown() -> None:

@@ -230,8 +230,8 @@ def test_an_end_is_a_candidate_however_unlikely() -> None:
     ngrams.observe(repeated + 3, repeated, repeated + END)
     ngrams.observe(repeated + 3, repeated, repeated + END)
     ngrams.observe(repeated[:1] + 3, repeated[:1], repeated[:1] + 2)
-    options = BeamOptions(1, mass=0.5)
-    context, logits = TextContext(np.array([3]), np.array([1])), certain(head, [4], margin=2.0)
+    options = BeamOptions(1, mass=0.3)
+    context, logits = TextContext(np.array([3]), np.array([1])), certain(head, [4], margin=1.2)
     search = BeamSearch(head, ngrams, options)
     assert search(logits, ANCHORS[:1], None, context, [{END}]).tokens.tolist() == [[END]]
     assert search(logits, ANCHORS[:1], None, context, [set()]).tokens.tolist() == [[2]]
@@ -255,22 +255,22 @@ def test_early_slots_matter_more_than_late_ones() -> None:
     assert head.markov is not None and isinstance(head.markov, MarkovHead)
     head.markov.previous.weight.zero_()
     head.markov.logits.weight.zero_()
-    # 9 is a little less likely than 4, but makes the last slot certain.
-    head.markov.previous.weight[9, 0] = 1.0
+    # 9 is a little less likely than 4, but makes all that follows certain.
+    head.markov.previous.weight[[9, 11], 0] = 1.0
     head.markov.logits.weight[4, 0] = 9.0
-    logits = torch.full((1, 2, DRAFT_VOCAB), -9.0)
-    logits[0, 0, [2, 1]] = torch.tensor([0.0, -0.2])
-    logits[0, 1] = 0.0
+    logits = torch.full((1, 3, DRAFT_VOCAB), -9.0)
+    logits[0, 0, [2, 1]] = torch.tensor([0.0, -0.05])
+    logits[0, 1:] = 0.0
     wide, narrow = (
         BeamSearch(head, options=BeamOptions(width))(logits, ANCHORS[:1], None).tokens[0].tolist() for width in (2, 1)
     )
-    assert wide == [9, 11] and narrow[0] == 4
+    assert wide == [9, 11, 11] and narrow[0] == 4
     # The same where the n-gram model names the token that the drafter prefers: it must not fill the beam twice.
     ngrams = HashedNgrams(VOCAB, cells=2**12)
     ngrams.observe(np.array([3]), np.array([0]), np.array([4]))
     named = BeamSearch(head, ngrams, BeamOptions(2))
     context = TextContext(np.array([3]), np.array([1]))
-    assert named(logits, ANCHORS[:1], None, context).tokens[0].tolist() == [9, 11]
+    assert named(logits, ANCHORS[:1], None, context).tokens[0].tolist() == [9, 11, 11]
     logits[0, 0, 1] = -1.4
     assert BeamSearch(head, options=BeamOptions(2))(logits, ANCHORS[:1], None).tokens[0, 0] == 4
 

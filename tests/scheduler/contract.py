@@ -8,6 +8,9 @@ SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 SAMPLER = "vllm.v1.sample.sampler:Sampler"
 REJECTION_SAMPLER = "vllm.v1.sample.rejection_sampler:RejectionSampler"
 ENGINE = "vllm.v1.engine.async_llm:AsyncLLM"
+LAYER_UTILS = "vllm.model_executor.layers.utils"
+LINEAR_METHOD = "vllm.model_executor.layers.linear:UnquantizedLinearMethod"
+EMBEDDING_METHOD = "vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod"
 
 # Methods of vLLM that classes of ours override: parameters without ``self``.
 OVERRIDDEN = {
@@ -22,11 +25,16 @@ OVERRIDDEN = {
         "sample_hidden_states aux_hidden_states spec_decode_metadata common_attn_metadata slot_mappings",
         "take_draft_token_ids": "",
     },
-    "scheduler.vllm_worker:SlipstreamWorker": {"init_device": "", "determine_available_memory": ""},
+    "scheduler.vllm_worker:SlipstreamWorker": {
+        "init_device": "",
+        "load_model": "load_dummy_weights",
+        "determine_available_memory": "",
+    },
     "scheduler.vllm_executor:InlineExecutor": {"_init_executor": ""},
     "scheduler.vllm_scheduler:SlipstreamScheduler": {
         "__init__": "vllm_config kv_cache_config structured_output_manager block_size hash_block_size mm_registry "
         "include_finished_set log_stats",
+        "schedule": "throttle_prefills",
         "update_draft_token_ids": "draft_token_ids",
         "update_from_output": "scheduler_output model_runner_output",
     },
@@ -59,6 +67,9 @@ CALLED = [
     ("scheduler.vllm_runner", "vllm.v1.worker.block_table:MultiGroupBlockTable.__getitem__", 2, ""),
     ("scheduler.vllm_runner", "vllm.v1.worker.block_table:BlockTable.get_device_tensor", 2, ""),
     ("scheduler.vllm_runner", "vllm.v1.outputs:DraftTokenIds", 2, ""),
+    ("scheduler.vllm_linear", f"{LAYER_UTILS}:dispatch_cpu_unquantized_gemm", 2, ""),
+    ("scheduler.vllm_linear", f"{LAYER_UTILS}:dispatch_cpu_unquantized_gemm", 1, "remove_weight"),
+    ("scheduler.vllm_linear", "vllm.logger:init_logger", 1, ""),
     ("scheduler.vllm_proposer", "vllm.config:ModelConfig.get_vocab_size", 1, ""),
     ("scheduler.vllm_proposer", "vllm.config:ModelConfig.get_hidden_size", 1, ""),
     ("scheduler.vllm_sampler", f"{SAMPLER}", 2, ""),
@@ -106,7 +117,7 @@ ATTRIBUTES = [
         "finished_req_ids scheduled_new_reqs num_scheduled_tokens scheduled_spec_decode_tokens",
     ),
     ("scheduler.vllm_runner", "vllm.v1.core.sched.output:NewRequestData", "req_id sampling_params"),
-    ("scheduler.vllm_runner", "vllm:SamplingParams", "seed max_tokens all_stop_token_ids"),
+    ("scheduler.vllm_runner", "vllm:SamplingParams", "seed max_tokens stop_token_ids eos_token_id"),
     ("scheduler.vllm_runner", "vllm.v1.outputs:DraftTokenIds", "req_ids draft_token_ids"),
     ("scheduler.vllm_sampler", SAMPLER, "logprobs_mode use_fp64_gumbel"),
     ("scheduler.vllm_sampler", REJECTION_SAMPLER, "sampler is_processed_logprobs_mode"),
@@ -141,7 +152,8 @@ ATTRIBUTES = [
     ("scheduler.vllm_proposer", "vllm.config:ModelConfig", "hf_text_config model seed max_model_len"),
     ("scheduler.vllm_proposer", "vllm.model_executor.models.llama:LlamaForCausalLM", "model lm_head supports_eagle3"),
     ("scheduler.vllm_proposer", "vllm.model_executor.models.llama:LlamaModel", "embed_tokens"),
-    ("scheduler.vllm_worker", "vllm.v1.worker.cpu_worker:CPUWorker", "model_runner"),
+    ("scheduler.vllm_worker", "vllm.v1.worker.cpu_worker:CPUWorker", "model_runner vllm_config"),
+    ("scheduler.vllm_worker", "vllm.config:VllmConfig", "additional_config"),
     ("scheduler.answering", ENGINE, "model_config"),
     ("scheduler.answering", "vllm.outputs:RequestOutput", "outputs"),
     ("scheduler.answering", "vllm.outputs:CompletionOutput", "text token_ids"),
@@ -216,6 +228,28 @@ BEHAVIOURS = [
         f"{SCHEDULER}.schedule",
         "self.dynamic_sd_lookup[len(num_scheduled_tokens)]",
         "reads the table by the number of scheduled requests",
+    ),
+    *(
+        (
+            "scheduler.vllm_linear",
+            f"{method}.process_weights_after_loading",
+            "from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm "
+            f"dispatch_cpu_unquantized_gemm(layer, remove_weight={removed})",
+            f"looks the function up for every {layer} and {'lets its weight go' if removed else 'needs its weight'}",
+        )
+        for method, layer, removed in ((LINEAR_METHOD, "layer", True), (EMBEDDING_METHOD, "embedding", False))
+    ),
+    (
+        "scheduler.vllm_linear",
+        f"{LAYER_UTILS}:dispatch_cpu_unquantized_gemm",
+        "layer.cpu_linear = lambda x, weight, bias:",
+        "gives each layer a function of input, weight and bias",
+    ),
+    (
+        "scheduler.vllm_linear",
+        f"{LAYER_UTILS}:cpu_unquantized_gemm",
+        "return layer.cpu_linear(x, weight, bias)",
+        "calls that function",
     ),
     (
         "scheduler.engine",
