@@ -1,5 +1,6 @@
 # make serve   set up and serve the default model on http://127.0.0.1:8000 (PORT=9000 for another port)
 # make test    set up and run lint, types and tests
+# make test-full  the same with the cases that are too slow for every run (all shapes of the CUDA source)
 # make lint    set up and run lint and types
 # make format  set up and format the sources
 # make clean   remove the virtual environment and caches; fetched models stay
@@ -20,13 +21,16 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
 
-.PHONY: serve test lint format setup kernels model clean
+.PHONY: serve test test-full lint format setup kernels model clean
 
 serve: kernels
 	@exec $(BIN)/slipstream serve --server.port $(PORT) $(ARGS)
 
 test: lint kernels model
 	$(BIN)/python -m pytest $(ARGS)
+
+test-full: lint kernels model
+	SLIPSTREAM_TEST_FULL=1 $(BIN)/python -m pytest $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -8,9 +8,18 @@ from typing import Any
 import pytest
 
 from bench.process import free_port
+from cuda_ext import ops
 from drafter.config import DrafterConfig
-from server.errors import DrafterError, ModelError, ServerStartError
-from server.preflight import bind, check_drafter, check_length, check_memory, kv_bytes_per_token, read_target_config
+from server.errors import ConfigError, DrafterError, ModelError, ServerStartError
+from server.preflight import (
+    bind,
+    check_drafter,
+    check_length,
+    check_memory,
+    check_weight_format,
+    kv_bytes_per_token,
+    read_target_config,
+)
 from server.settings import EngineSettings, ModelSettings, Settings
 
 TARGET: dict[str, Any] = {
@@ -81,3 +90,17 @@ def test_memory_must_hold_the_longest_request(drafter: Path) -> None:
         check_memory(_settings(gib=needed * 0.999), TARGET, drafter)
     with pytest.raises(ServerStartError, match="more memory than is free"):
         check_memory(_settings(gib=60_000), TARGET, None)
+
+
+def test_a_rounded_model_is_never_another_under_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = ops.Kernels("instruction set avx2", "", True, False)
+    monkeypatch.setattr(ops, "kernels", lambda: compiled)
+    check_weight_format(Settings(model=ModelSettings(dtype="bfloat16")))
+    check_weight_format(Settings(model=ModelSettings(weight_format="vllm", dtype="bfloat16")))
+    check_weight_format(Settings(model=ModelSettings(weight_format="int8")))
+    with pytest.raises(ConfigError, match="int8 rounds float32 weights, and model.dtype is bfloat16"):
+        check_weight_format(Settings(model=ModelSettings(weight_format="int8", dtype="bfloat16")))
+    missing = ops.Kernels("the library was not built", "", False, False)
+    monkeypatch.setattr(ops, "kernels", lambda: missing)
+    with pytest.raises(ConfigError, match="bfloat16 needs the compiled CPU kernels: the library was not built"):
+        check_weight_format(Settings(model=ModelSettings(weight_format="bfloat16")))
