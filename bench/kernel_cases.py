@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import cycle
 from statistics import median
 
@@ -13,7 +14,7 @@ from bench.kernel_baselines import Batch, BufferedAttention, PlainAttention, mak
 from bench.kernel_report import Comparison, KernelRow, KernelShape
 from cuda_ext import ops
 
-__all__ = ["PagePool", "measure_case", "read_bandwidth", "threads"]
+__all__ = ["Clock", "PagePool", "alternate", "compare", "measure_case", "read_bandwidth", "threads"]
 
 Clock = Callable[[], float]
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -108,15 +109,18 @@ def measure_case(
     tables = pool.tables(context, requests)
     with torch.inference_mode():
         difference = _difference(shape, sides, pool, tables[0])
-        ours, plain, buffered = _alternate(sides, pool, tables, repeats, clock)
+        # Each run gets other pages than the one before.
+        turn = cycle(tables)
+        runs = [partial(_attend_to_next, side, pool, turn) for side in sides]
+        ours, plain, buffered = alternate(runs, repeats, clock)
     seconds = median(ours)
     kv_bytes = requests * (context + shape.slots) * shape.token_bytes
     return KernelRow(
         context=context,
         requests=requests,
         operator_seconds=seconds,
-        sdpa=_compare(ours, plain),
-        buffered_sdpa=_compare(ours, buffered),
+        sdpa=compare(ours, plain),
+        buffered_sdpa=compare(ours, buffered),
         kv_bytes=kv_bytes,
         gb_per_second=kv_bytes / seconds / 1e9,
         bandwidth_share=kv_bytes / seconds / bandwidth,
@@ -151,24 +155,23 @@ def _difference(shape: KernelShape, sides: Sequence[Attention], pool: PagePool, 
     return difference
 
 
-def _alternate(
-    sides: Sequence[Attention], pool: PagePool, tables: Sequence[torch.Tensor], repeats: int, clock: Clock
-) -> list[list[float]]:
-    """Seconds of each side's runs, in the order of the repeats. Each run gets other pages than the one before, and
-    who goes first changes from repeat to repeat.
-    """
-    turn = cycle(tables)
+def _attend_to_next(attend: Attention, pool: PagePool, tables: Iterator[torch.Tensor]) -> torch.Tensor:
+    return attend(pool.keys, pool.values, next(tables))
+
+
+def alternate(sides: Sequence[Callable[[], object]], repeats: int, clock: Clock) -> list[list[float]]:
+    """Seconds of each side's runs, in the order of the repeats. Who goes first changes from repeat to repeat."""
     seconds: list[list[float]] = [[] for _ in sides]
     for repeat in range(repeats):
         for index in range(len(sides)):
             side = (repeat + index) % len(sides)
-            table = next(turn)
             began = clock()
-            sides[side](pool.keys, pool.values, table)
+            sides[side]()
             seconds[side].append(clock() - began)
     return seconds
 
 
-def _compare(ours: Sequence[float], theirs: Sequence[float]) -> Comparison:
+def compare(ours: Sequence[float], theirs: Sequence[float]) -> Comparison:
+    """Seconds of runs that alternated, ours and something else's."""
     ratios = [their / our for our, their in zip(ours, theirs, strict=True)]
     return Comparison(median(theirs), median(ratios), (min(ratios), max(ratios)))

@@ -1,8 +1,11 @@
-"""The ``slipstream bench-kernels`` command: the CPU's attention operator beside gathering the pages and SDPA."""
+"""The ``slipstream bench-kernels`` command: the CPU's operators beside what they replace.
+
+The attention operator beside gathering the pages and SDPA is measured here, linear layers in ``linear_kernels``.
+"""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,42 +13,63 @@ from pathlib import Path
 from bench.arguments import check_positive, output_file, whole_numbers
 from bench.errors import BenchError
 from bench.kernel_report import KernelReport, KernelShape, LeftOut, render_report, write_kernel_report
+from bench.linear_kernels import DEFAULTS as LINEAR_DEFAULTS
+from bench.linear_kernels import add_arguments as add_linear_arguments
+from bench.linear_kernels import measure as measure_linear
+from bench.linear_report import render_linear_report
 from bench.machine import describe_machine, last_level_cache_bytes
 
 __all__ = ["add_arguments", "run"]
 
 _MISTAKE = 2
+_KERNELS = ("attention", "linear")
 _DTYPES = ("float32", "bfloat16", "float16")
 _USUAL_CACHE_BYTES = 64 * 2**20
 """Taken where the system does not say how large its caches are."""
 
+_ATTENTION_DEFAULTS: dict[str, str | int] = {
+    "contexts": "128,512,2048,8192",
+    "requests": "1,4,32",
+    "heads": 9,
+    "kv_heads": 3,
+    "head_dim": 64,
+    "slots": 5,
+    "page_size": 32,
+    "dtype": "float32",
+}
+_DEFAULTS: dict[str, Mapping[str, str | int]] = {"attention": _ATTENTION_DEFAULTS, "linear": LINEAR_DEFAULTS}
+"""Of the flags that go with one kernel only."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
-    cases = parser.add_argument_group("cases")
-    for flag, default, text in (
-        ("--contexts", "128,512,2048,8192", "tokens before each block"),
-        ("--requests", "1,4,32", "requests in a batch"),
+    parser.add_argument("--kernel", choices=_KERNELS, default=_KERNELS[0], help="what to measure; default %(default)s")
+    group = parser.add_argument_group("attention", "the default drafter's, unless told otherwise")
+    for name, text, letters in (
+        ("contexts", "tokens before each block", "N,M"),
+        ("requests", "requests in a batch", "N,M"),
+        ("heads", "heads of the queries", "N"),
+        ("kv_heads", "heads of keys and values", "N"),
+        ("head_dim", "numbers of one head", "N"),
+        ("slots", "draft slots of each request", "N"),
+        ("page_size", "tokens of one page", "N"),
     ):
-        cases.add_argument(flag, default=default, metavar="N,M", help=f"{text}; default {default}")
-    cases.add_argument(
+        default = _ATTENTION_DEFAULTS[name]
+        group.add_argument(
+            _flag(name), type=type(default), default=default, metavar=letters, help=f"{text}; default %(default)s"
+        )
+    group.add_argument(
+        "--dtype", choices=_DTYPES, default=_ATTENTION_DEFAULTS["dtype"], help="of everything; default %(default)s"
+    )
+    add_linear_arguments(parser)
+    how = parser.add_argument_group("measurement")
+    how.add_argument(
         "--max-gib",
         type=float,
         default=2.0,
         metavar="GIB",
-        help="memory for pages; cases that need more are left out; default %(default)g",
+        help="memory for pages or weights; cases that need more are left out; default %(default)g",
     )
-    shape = parser.add_argument_group("shape", "the default drafter's, unless told otherwise")
-    for flag, number, text in (
-        ("--heads", 9, "heads of the queries"),
-        ("--kv-heads", 3, "heads of keys and values"),
-        ("--head-dim", 64, "numbers of one head"),
-        ("--slots", 5, "draft slots of each request"),
-        ("--page-size", 32, "tokens of one page"),
-    ):
-        shape.add_argument(flag, type=int, default=number, metavar="N", help=f"{text}; default {number}")
-    shape.add_argument("--dtype", choices=_DTYPES, default=_DTYPES[0], help="of everything; default %(default)s")
-    how = parser.add_argument_group("measurement")
     how.add_argument("--repeats", type=int, default=30, metavar="N", help="runs of each; default %(default)s")
     how.add_argument("--threads", type=int, metavar="N", help="threads of torch; default as many as it takes by itself")
     how.add_argument("--json", metavar="FILE", help="write a report there")
@@ -58,21 +82,36 @@ def run(args: argparse.Namespace) -> int:
         args: of a parser that ``add_arguments`` was called with.
     """
     try:
-        print(render_report(_measure(args)))
+        print(_report(args))
     except BenchError as error:
         print(f"slipstream: error: {error}", file=sys.stderr)
         return _MISTAKE
     return 0
 
 
-def _measure(args: argparse.Namespace) -> KernelReport:
-    shape = _shape(args)
-    contexts, requests = whole_numbers("--contexts", args.contexts), whole_numbers("--requests", args.requests)
+def _report(args: argparse.Namespace) -> str:
+    """Check the flags that all kernels share, measure, and render."""
+    for kernel, defaults in _DEFAULTS.items():
+        for name, default in defaults.items():
+            if kernel != args.kernel and getattr(args, name) != default:
+                raise BenchError(f"{_flag(name)} goes with --kernel {kernel}, not with --kernel {args.kernel}")
     check_positive("repeats", args.repeats)
     check_positive("max_gib", args.max_gib)
     if args.threads is not None:
         check_positive("threads", args.threads)
     path = output_file(args.json) if args.json else None
+    if args.kernel == "linear":
+        return render_linear_report(measure_linear(args, path, last_level_cache_bytes(), _USUAL_CACHE_BYTES))
+    return render_report(_measure(args, path))
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _measure(args: argparse.Namespace, path: Path | None) -> KernelReport:
+    shape = _shape(args)
+    contexts, requests = whole_numbers("--contexts", args.contexts), whole_numbers("--requests", args.requests)
     cache_bytes = last_level_cache_bytes()
     cases = [(context, count) for context in contexts for count in requests]
     pages, cases, left_out = _fitting(shape, cases, args.max_gib, cache_bytes or _USUAL_CACHE_BYTES)

@@ -1,7 +1,7 @@
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,26 +18,13 @@ from bench.kernel_report import Comparison, KernelReport, KernelShape, LeftOut, 
 from bench.machine import describe_machine, last_level_cache_bytes
 from cuda_ext import ops
 from server.cli import main
+from tests.bench.clock import ticking
 from tests.one_thread import one_thread
 
 __all__ = ["one_thread"]
 
 SHAPE = KernelShape(heads=4, kv_heads=2, head_dim=8, slots=3, page_size=4, dtype="float32")
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-def ticking(*seconds: float) -> Callable[[], float]:
-    """A clock for runs that take these times, one after the other."""
-
-    def readings() -> Iterator[float]:
-        now = 0.0
-        for length in seconds:
-            yield now
-            now += length
-            yield now
-
-    times = readings()
-    return lambda: next(times)
 
 
 def test_pages_are_handed_out_once_before_any_comes_again() -> None:

@@ -74,8 +74,9 @@ def test_every_way_is_the_product(way: Way, shape: tuple[int, ...], monkeypatch:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_inputs_need_not_be_contiguous(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, x = numbers(50, 64), numbers(64, 3, 2).permute(2, 1, 0)
+@pytest.mark.parametrize("x", [numbers(64, 3).T, numbers(64, 3, 2).permute(2, 1, 0)], ids=["columns", "axes"])
+def test_inputs_need_not_be_contiguous(way: Way, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = numbers(50, 64)
     expected = F.linear(x, weight)
     way(monkeypatch)
     torch.testing.assert_close(PackedLinear(weight)(x), expected, rtol=0, atol=4e-5)
