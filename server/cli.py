@@ -17,7 +17,7 @@ COMMANDS = {
     "serve": "serve a model through the OpenAI API, with the drafter on",
     "align": "train a drafter for a target on the target's own answers",
     "bench": "measure decoding methods side by side over the same prompts",
-    "bench-kernels": "measure the attention operator beside gathering pages and PyTorch's own attention",
+    "bench-kernels": "measure the compiled kernels beside PyTorch's operators",
     "doctor": "say what was found on this machine and which code paths will be used",
 }
 
