@@ -91,23 +91,6 @@ def independent(
     return _draft_path(tokens, chances, logits.device)
 
 
-def cut_at_end(path: DraftPath, end_tokens: Sequence[Set[int]]) -> torch.Tensor:
-    """How many tokens of each draft are worth verifying: up to the first end-of-text token, which is included.
-
-    Nothing behind it can count: either it is accepted and the text ends, or it is rejected, and all behind it are.
-
-    Args:
-        path: of ``B`` requests.
-        end_tokens: per request, the tokens that end its text.
-
-    Returns:
-        ``[B]`` int64.
-    """
-    ends = torch.from_numpy(_end_table(end_tokens)).to(path.tokens.device)
-    ended = (path.tokens[..., None] == ends[:, None]).any(dim=-1).cumsum(dim=1) > 0
-    return (~ended).sum(dim=1).add(1).clamp(max=path.tokens.shape[1])
-
-
 class BeamSearch:
     """The path through a block with the most tokens accepted on expectation, by beam search.
 

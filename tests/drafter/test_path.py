@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from drafter.head import DraftHead
 from drafter.model import MarkovHead
 from drafter.ngram import UNKNOWN, HashedNgrams, TextContext
-from drafter.path import BeamOptions, BeamSearch, DraftVocabulary, cut_at_end, independent
+from drafter.path import BeamOptions, BeamSearch, DraftVocabulary, independent
 from drafter.types import DraftPath
 from tests.drafter.tiny import HIDDEN, fill
 
@@ -299,21 +299,6 @@ def test_without_context_only_shared_text_helps() -> None:
         torch.zeros(1, 2, DRAFT_VOCAB), torch.tensor([3]), None, TextContext(np.array([8]), np.array([UNKNOWN]))
     )
     assert path.tokens[0, 0] == 10
-
-
-@pytest.mark.parametrize(
-    ("tokens", "ends", "lengths"),
-    [
-        ([[1, 2, 3], [6, 2, 6], [1, 2, 6]], [{6}, {6}, {6}], [3, 1, 3]),
-        ([[1, 2, 3], [6, 2, 6], [1, 2, 6]], [{2, 6}, {2}, set()], [2, 2, 3]),
-        ([[1, 2, 3], [6, 6, 6], [1, 6, 6]], [set(), set(), set()], [3, 3, 3]),
-    ],
-)
-def test_drafts_are_cut_behind_their_first_end(
-    tokens: list[list[int]], ends: list[set[int]], lengths: list[int]
-) -> None:
-    path = DraftPath(torch.tensor(tokens), torch.ones(3, 3))
-    assert cut_at_end(path, ends).tolist() == lengths
 
 
 @pytest.mark.parametrize(
