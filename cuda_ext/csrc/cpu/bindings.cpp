@@ -299,6 +299,7 @@ Tensor linear(const Tensor& input, const Tensor& panels, const std::optional<Ten
   check_index(panels, "panels", ScalarType::Byte);
   const WeightFormat format = format_of(name);
   const int64_t rows = input.size(0), in = input.size(1), count = (out + kPanel - 1) / kPanel;
+  STD_TORCH_CHECK(in > 0, "input is 0 wide, expected at least 1");
   const bool blocked = format == WeightFormat::kQ8_0 || format == WeightFormat::kQ4_1;
   STD_TORCH_CHECK(!blocked || in % kBlock == 0, "input is ", in, " wide, expected a multiple of ", kBlock, " for ", name);
   const int64_t bytes = panel_block_bytes(format) * in / kBlock * count;
