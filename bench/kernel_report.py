@@ -12,7 +12,17 @@ from bench.json_file import write_json
 from bench.machine import Machine
 from bench.terminal import align_columns
 
-__all__ = ["Comparison", "KernelReport", "KernelRow", "KernelShape", "LeftOut", "render_report", "write_kernel_report"]
+__all__ = [
+    "Comparison",
+    "KernelReport",
+    "KernelRow",
+    "KernelShape",
+    "LeftOut",
+    "machine_line",
+    "operator_line",
+    "render_report",
+    "write_kernel_report",
+]
 
 SCHEMA_VERSION = 1
 
@@ -143,22 +153,28 @@ def render_report(report: KernelReport) -> str:
     return "\n".join(_lines(report))
 
 
+def machine_line(machine: Machine, threads: int, memory_gb_per_second: float, arithmetic: str = "") -> str:
+    """What a report was measured on; ``arithmetic`` says what else bounds it."""
+    load = "" if machine.load_average is None else f", load average before {machine.load_average:g}"
+    counted = f"{threads} thread{'s' if threads > 1 else ''}"
+    return f"{machine.cpu}, {counted}, memory read at {memory_gb_per_second:.1f} GB/s{arithmetic}{load}"
+
+
+def operator_line(operator: str, compiled: bool) -> str:
+    """What ran the operator, or that nothing compiled did."""
+    if compiled:
+        return f"operator: {operator}"
+    return f"The operator is not compiled ({operator}): its times are those of its definition in PyTorch."
+
+
 def _lines(report: KernelReport) -> Iterator[str]:
     shape = report.shape
-    threads = f"{report.threads} thread{'s' if report.threads > 1 else ''}"
-    load = report.machine.load_average
-    yield (
-        f"{report.machine.cpu}, {threads}, memory read at {report.memory_gb_per_second:.1f} GB/s"
-        + ("" if load is None else f", load average before {load:g}")
-    )
+    yield machine_line(report.machine, report.threads, report.memory_gb_per_second)
     yield (
         f"{shape.slots} slots, {shape.heads} heads, {shape.kv_heads} key heads, head_dim {shape.head_dim}, "
         f"{shape.dtype}, pages of {shape.page_size} tokens; medians of {report.repeats}"
     )
-    if report.operator_compiled:
-        yield f"operator: {report.operator}"
-    else:
-        yield f"The operator is not compiled ({report.operator}): its times are those of its definition in PyTorch."
+    yield operator_line(report.operator, report.operator_compiled)
     yield ""
     yield align_columns([_HEADER, *map(_cells, report.rows)], numbers_from=0)
     for case in report.left_out:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.json_file import write_json
-from bench.kernel_report import Comparison
+from bench.kernel_report import Comparison, machine_line, operator_line
 from bench.machine import Machine
 from bench.terminal import align_columns
 
@@ -175,18 +175,10 @@ def render_linear_report(report: LinearReport) -> str:
 
 
 def _lines(report: LinearReport) -> Iterator[str]:
-    threads = f"{report.threads} thread{'s' if report.threads > 1 else ''}"
-    load = report.machine.load_average
-    yield (
-        f"{report.machine.cpu}, {threads}, memory read at {report.memory_gb_per_second:.1f} GB/s, "
-        f"{report.peak.gflops:.0f} GF/s in {report.peak.source}"
-        + ("" if load is None else f", load average before {load:g}")
-    )
+    arithmetic = f", {report.peak.gflops:.0f} GF/s in {report.peak.source}"
+    yield machine_line(report.machine, report.threads, report.memory_gb_per_second, arithmetic)
     yield f"weights as outputs x inputs, read from memory; medians of {report.repeats}"
-    if report.operator_compiled:
-        yield f"operator: {report.operator}"
-    else:
-        yield f"The operator is not compiled ({report.operator}): its times are those of its definition in PyTorch."
+    yield operator_line(report.operator, report.operator_compiled)
     yield ""
     lines = [_cells(row, format) for row in report.rows for format in row.formats]
     yield align_columns([_HEADER, *lines], numbers_from=0)

@@ -189,6 +189,15 @@ def rotate(x: torch.Tensor, rotary_table: torch.Tensor, positions: torch.Tensor)
         positions: ``[*rows]`` int64.
     """
     rows = rotary_table[positions]
+    return turn(x, rows[..., :1, :], rows[..., 1:, :]).to(x.dtype)
+
+
+def turn(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """``rotate`` by rows of the table that are there already, in the wider of the types; differentiable.
+
+    Args:
+        x: ``[..., head_dim]``.
+        cosines, sines: broadcast to it.
+    """
     first, second = x.chunk(2, dim=-1)
-    swapped = torch.cat([second, first], dim=-1)
-    return torch.addcmul(x * rows[..., :1, :], swapped, rows[..., 1:, :]).to(x.dtype)
+    return torch.addcmul(x * cosines, torch.cat([second, first], dim=-1), sines)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cuda_ext.reference import turn
 from drafter.config import DrafterConfig, InputScheme
 
 
@@ -60,9 +61,7 @@ class RotaryEmbedding(nn.Module):
 
 def rotate(x: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Apply rotary ``factors`` (the sines carry the sign) to ``[..., heads, head_dim]``."""
-    cosines, sines = factors
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cosines, torch.cat([second, first], dim=-1), sines)
+    return turn(x, *factors)
 
 
 class DrafterLayer(nn.Module):

@@ -9,12 +9,10 @@ from drafter.checkpoint import check_fits
 from drafter.config import read_config
 from drafter.errors import DrafterCheckpointError
 from drafter.types import TargetShape
+from scheduler.options import TargetWeights
 from server.errors import ConfigError, DrafterError, ModelError, ServerStartError
 from server.hardware import memory_gib
 from server.settings import Settings
-
-ROUNDING_FORMATS = ("bfloat16", "int8")
-"""Values of ``model.weight_format`` that change the model."""
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -70,7 +68,7 @@ def check_weight_format(settings: Settings) -> None:
         ConfigError: weights should be rounded, and what rounds them would not run.
     """
     model = settings.model
-    if model.weight_format not in ROUNDING_FORMATS:
+    if not TargetWeights(model.weight_format).changes_model:
         return
     from cuda_ext import ops
 

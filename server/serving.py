@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scheduler.options import TargetWeights
 from server.drafter_store import resolve_drafter
 from server.engine_output import EngineOutput
 from server.errors import ServerStartError
 from server.model_store import resolve_model
 from server.preflight import (
-    ROUNDING_FORMATS,
     bind,
     check_drafter,
     check_length,
@@ -48,8 +48,8 @@ class Served:
     @property
     def rounding(self) -> str:
         """The format that the target's weights are rounded to; empty when they stay what they are."""
-        weights = self.settings.model.weight_format
-        return weights if weights in ROUNDING_FORMATS else ""
+        weights = TargetWeights(self.settings.model.weight_format)
+        return weights.value if weights.changes_model else ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -120,7 +120,7 @@ def _start_engine(served: Served, history: "SpeculationHistory", output: EngineO
 def _engine_shape(served: Served) -> Any:
     from drafter.options import PathSearch, ProposalOptions
     from scheduler.engine import EngineShape
-    from scheduler.options import DrafterOptions, EngineOptions, TargetWeights
+    from scheduler.options import DrafterOptions, EngineOptions
 
     model, engine, speculation = served.settings.model, served.settings.engine, served.settings.speculation
     shape = EngineShape(

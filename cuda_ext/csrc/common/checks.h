@@ -58,6 +58,19 @@ inline void check_index(const Tensor& tensor, const char* name, ScalarType expec
                   shape_text(tensor.strides()), ", expected contiguous ones");
 }
 
+// The kernels' own name of a tensor's type; CPU and CUDA kernels each have an enumeration, with the same members.
+template <class KernelDType>
+KernelDType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return KernelDType::kFloat32;
+    case ScalarType::BFloat16: return KernelDType::kBFloat16;
+    case ScalarType::Half: return KernelDType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " has dtype ", toString(tensor.scalar_type()), ", expected Float, BFloat16 or Half");
+  }
+  return KernelDType::kFloat32;
+}
+
 inline void check_same_dtype(const Tensor& tensor, const char* name, const Tensor& other, const char* other_name) {
   STD_TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), name, " has dtype ", toString(tensor.scalar_type()),
                   ", expected ", toString(other.scalar_type()), " as ", other_name);

@@ -17,40 +17,28 @@
 #include "blocks.h"
 #include "dispatch.h"
 
+#define SLIPSTREAM_ISA bindings
+#include "convert.h"
+
 namespace slipstream {
 namespace {
 
+using bindings::row_at;
 using torch::stable::Tensor;
 
 void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
   torch::stable::parallel_for(0, count, grain, body);
 }
 
-DType dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, " has dtype ", toString(tensor.scalar_type()), ", expected Float, BFloat16 or Half");
-  }
-  return DType::kFloat32;
-}
-
 Rows rows_of(const Tensor& tensor, const char* name) {
   check_rows(tensor, name);
-  return {tensor.data_ptr(), dtype_of(tensor, name), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  return {tensor.data_ptr(), dtype_of<DType>(tensor, name), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
 // Rows [tokens, heads, head_dim] as [1, tokens, heads, head_dim].
 Rows token_rows(const Tensor& tensor, const char* name) {
   check_innermost(tensor, name);
-  return {tensor.data_ptr(), dtype_of(tensor, name), 0, tensor.stride(0), tensor.stride(1)};
-}
-
-char* row_at(const Rows& rows, int64_t outer, int64_t middle, int64_t head) {
-  const int64_t size = rows.dtype == DType::kFloat32 ? 4 : 2;
-  return static_cast<char*>(rows.data) + size * (outer * rows.outer + middle * rows.middle + head * rows.head);
+  return {tensor.data_ptr(), dtype_of<DType>(tensor, name), 0, tensor.stride(0), tensor.stride(1)};
 }
 
 void check_pages(const Tensor& block_tables, const Tensor& context_lens, int64_t pages, int64_t page_size) {
@@ -246,7 +234,7 @@ Tensor append_block(const Tensor& qkv, const std::optional<Tensor>& query_norm, 
   const RotaryArgs for_key = rotary_args(key_norm, "key_norm", eps, rotary_table, head_dim);
   check_positions(positions, rotary_table);
   Tensor query = torch::stable::new_empty(qkv, {requests, queries, heads, head_dim});
-  const DType dtype = dtype_of(qkv, "qkv");
+  const DType dtype = dtype_of<DType>(qkv, "qkv");
   const Rows source{qkv.data_ptr(), dtype, qkv.stride(0), qkv.stride(1), head_dim};
   const Rows to_query = rows_of(query, "query");
   const Rows to_key = rows_of(block_key, "block_key"), to_value = rows_of(block_value, "block_value");

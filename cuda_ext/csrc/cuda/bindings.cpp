@@ -21,17 +21,6 @@ namespace {
 
 constexpr int64_t kAlignment = 16;  // bytes; rows are copied in pieces of this size
 
-DType kernel_dtype(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, " has dtype ", toString(tensor.scalar_type()), ", expected Float, BFloat16 or Half");
-  }
-  return DType::kFloat32;
-}
-
 void check_device(const Tensor& tensor, const char* name, const Tensor& query) {
   STD_TORCH_CHECK(tensor.is_cuda(), name, " is not on a CUDA device, expected all tensors on one");
   STD_TORCH_CHECK(tensor.get_device_index() == query.get_device_index(), name, " is on CUDA device ",
@@ -154,7 +143,7 @@ Tensor block_attention(const Tensor& query, const Tensor& block_key, const Tenso
                        const Tensor& visible, double scale) {
   const Arguments a{query, block_key, block_value, key_cache, value_cache, block_tables, context_lens, visible};
   check_shapes(a);
-  const DType dtype = kernel_dtype(query, "query");
+  const DType dtype = dtype_of<DType>(query, "query");
   check_dtypes(a);
   BlockAttentionParams params = params_of(a, scale);
   check_devices(a);
