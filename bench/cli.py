@@ -12,6 +12,7 @@ from bench.methods import METHODS, EngineSettings, Method, find_methods
 from bench.prompts import load_prompts
 from bench.report import Report
 from bench.runner import BenchOptions, run_benchmark
+from bench.servers import server_methods
 from bench.terminal import make_display, render_settings, render_table
 from bench.variants import variant_methods
 
@@ -40,6 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME:SETTINGS",
         help="one more method: our engine with drafting on and these settings, as in "
         '--variant "short drafts:speculation.max_draft_tokens=2,speculation.survival_floor=0"; may be repeated',
+    )
+    what.add_argument(
+        "--server",
+        action="append",
+        default=[],
+        metavar="NAME=SERVER",
+        help="one more method: another OpenAI-compatible server, which runs already (NAME=http://127.0.0.1:8081) or is "
+        'started by its own command line ("NAME=llama-server -m model.gguf --port {port}"); may be repeated',
     )
     what.add_argument(
         "--prompts", required=True, metavar="FILE", help='one JSON object a line: {"category": ..., "prompt": ...}'
@@ -137,7 +146,9 @@ def run(args: argparse.Namespace, methods: Mapping[str, Method] = METHODS) -> in
 def _options(args: argparse.Namespace, methods: Mapping[str, Method]) -> BenchOptions:
     """Check everything that can be checked before minutes are spent on starting engines."""
     variants = variant_methods(args.variant, methods)
-    chosen = find_methods(args.methods, methods) if args.methods.strip() or not variants else ()
+    servers = server_methods(args.server, {*methods, *(variant.name for variant in variants)})
+    others = (*variants, *servers)
+    chosen = find_methods(args.methods, methods) if args.methods.strip() or not others else ()
     concurrencies = whole_numbers("--concurrency", args.concurrency)
     for name in (
         *("max_tokens", "repeats", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
@@ -152,7 +163,7 @@ def _options(args: argparse.Namespace, methods: Mapping[str, Method]) -> BenchOp
         raise BenchError(f"--seed {args.seed} is negative")
     prompts = load_prompts(Path(args.prompts).expanduser(), args.limit)
     return BenchOptions(
-        methods=(*chosen, *variants),
+        methods=(*chosen, *others),
         prompts=prompts,
         concurrencies=concurrencies,
         max_tokens=args.max_tokens,
@@ -163,7 +174,7 @@ def _options(args: argparse.Namespace, methods: Mapping[str, Method]) -> BenchOp
         output=output_file(args.output),
         logs=existing_folder(args.logs) if args.logs else None,
         startup_timeout=args.startup_timeout,
-        command=_recorded_command(args.prompts),
+        command=_recorded_command(args.prompts, dict(zip(args.server, servers, strict=True))),
         engine=EngineSettings(  # last: it may fetch and convert the model
             model=_model_folder(args.model),
             dtype=args.dtype,
@@ -178,10 +189,19 @@ def _options(args: argparse.Namespace, methods: Mapping[str, Method]) -> BenchOp
     )
 
 
-def _recorded_command(prompts: str) -> tuple[str, ...]:
-    """The command line for the report, which is published: without the folders of this machine's files."""
-    name = Path(prompts).name
-    plain = {prompts: name, f"--prompts={prompts}": f"--prompts={name}"}
+def _recorded_command(prompts: str, servers: Mapping[str, Method]) -> tuple[str, ...]:
+    """The command line for the report, which is published: without the folders of this machine's files.
+
+    Args:
+        prompts: the prompt file as it was given.
+        servers: the methods of ``--server`` flags by what was given.
+    """
+    plain: dict[str, str] = {}
+    for flag, given, shown in (
+        ("--prompts", prompts, Path(prompts).name),
+        *(("--server", given, f"{method.name}={method.external}") for given, method in servers.items()),
+    ):
+        plain |= {given: shown, f"{flag}={given}": f"{flag}={shown}"}
     return (Path(sys.argv[0]).name, *(plain.get(word, word) for word in sys.argv[1:]))
 
 

@@ -32,7 +32,8 @@ class Load:
         max_tokens: longest answer, tokens.
         temperature: 0 for greedy answers.
         seed: seed of the first request, the others follow; sent only where the temperature is above 0.
-        cache_salt: requests share cached prefixes only with requests of the same salt; ``None`` sends none.
+        cache_salt: requests share cached prefixes only with requests of the same salt (in llama.cpp, which knows no
+            salts, with none); ``None`` sends none.
         timeout: seconds without a byte after which a request has failed.
     """
 
@@ -116,6 +117,7 @@ def _request_body(target: Target, load: Load, index: int) -> dict[str, Any]:
         body["seed"] = load.seed + index
     if load.cache_salt is not None:
         body["cache_salt"] = load.cache_salt
+        body["cache_prompt"] = False
     return body
 
 

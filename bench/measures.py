@@ -56,7 +56,7 @@ def build_rows(
         results: measured loads, in any order.
         methods: the methods of the report.
         categories: the categories of the prompt file.
-        weight_format: the format that the engines hold their weights in.
+        weight_format: the format that the engines hold their weights in; those that are not ours choose their own.
         greedy: the answers were decoded at temperature 0, so that texts can be compared.
     """
     groups = _group(results, categories)
@@ -69,7 +69,8 @@ def build_rows(
                 if of_row:
                     references = {name: groups.get((name, concurrency, category), {}) for name in (AR, VLLM)}
                     cell = Cell(0, concurrency, category, method.name)
-                    rows.append(_row(cell, of_row, references, weight_format, plain=method.plain, greedy=greedy))
+                    of_method = None if method.external else weight_format
+                    rows.append(_row(cell, of_row, references, of_method, plain=method.plain, greedy=greedy))
     return tuple(rows)
 
 
@@ -123,7 +124,7 @@ def _row(
     cell: Cell,
     repeats: _Repeats,
     references: Mapping[str, _Repeats],
-    weight_format: str,
+    weight_format: str | None,
     *,
     plain: bool,
     greedy: bool,

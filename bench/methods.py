@@ -1,7 +1,8 @@
 """The ways of decoding that can be compared, each as the engine process that a report starts for it.
 
 A method is a name and a function from the settings that all engines of a report share to a command line, so adding
-one (a fixed draft length, vLLM's n-gram proposer, another server) is adding an entry to ``METHODS``.
+one (a fixed draft length, vLLM's n-gram proposer) is adding an entry to ``METHODS``. A server that is not ours needs
+none: ``bench.servers`` makes a method of it.
 """
 
 import importlib.metadata
@@ -56,10 +57,17 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How to start one engine: its command, and the variables added to the environment it inherits."""
+    """How to start one engine, or where to find one.
+
+    Attributes:
+        command: its command line.
+        environment: variables added to the environment that it inherits.
+        address: base URL of a server that runs already, so that nothing is started and ``command`` is empty.
+    """
 
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
+    address: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +80,8 @@ class Method:
         launch: the engine's command for the shared settings and a TCP port on loopback.
         plain: it decodes one token per step by definition, so nobody has to ask it for counters.
         settings: of a variant, what makes it differ from ``slipstream``, by ``section.name``.
+        external: of a server that is not ours, its address or the command line that starts it, for people to read.
+            The shared settings do not reach it: the format of its weights, for one, is not theirs.
     """
 
     name: str
@@ -79,11 +89,13 @@ class Method:
     launch: Callable[[EngineSettings, int], Launch]
     plain: bool = False
     settings: Mapping[str, str] = field(default_factory=dict)
+    external: str | None = None
 
     @property
     def title(self) -> str:
-        """Its name and, of a variant, its settings."""
-        return f"{self.name} ({settings_text(self.settings)})" if self.settings else self.name
+        """Its name and, of a variant or a server that is not ours, what it is."""
+        details = settings_text(self.settings) or self.external
+        return f"{self.name} ({details})" if details else self.name
 
 
 def cpu_environment(

@@ -6,10 +6,11 @@ Usage: ``python -m bench.readme docs/benchmarks/REPORT.json README.md``
 import os
 import shlex
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from bench.errors import BenchError
-from bench.report import Report, Row, read_report
+from bench.report import MethodEntry, Report, Row, read_report
 
 __all__ = ["benchmark_section", "update_readme"]
 
@@ -40,7 +41,7 @@ def benchmark_section(report: Report, source: str) -> str:
         f"{report.machine.cpu}, {report.machine.cores} cores; {settings.dtype} weights, "
         f"temperature {settings.temperature:g}, answers of up to {settings.max_tokens} tokens, medians of "
         f"{settings.repeats} alternating repeats. `vllm` is unmodified vLLM, `ar` our engine with drafting off."
-        + "".join(f" `{method.name}` is {method.summary}." for method in report.methods if method.settings),
+        + "".join(map(_explanation, report.methods)),
         "",
         f"| {' | '.join(_COLUMNS)} |",
         "|---" * len(_COLUMNS) + "|",
@@ -62,6 +63,13 @@ def update_readme(readme: str, section: str) -> str:
     if not begin or not end:
         raise BenchError(f"the README lacks the markers {_BEGIN} and {_END}")
     return f"{before}{begin}\n{section}\n{end}{after}"
+
+
+def _explanation(method: MethodEntry) -> str:
+    """What a method is that only this report has, as a sentence."""
+    if method.external:
+        return f" `{method.name}` is another server, with weights and arithmetic of its own: `{method.external}`."
+    return f" `{method.name}` is {method.summary}." if method.settings else ""
 
 
 def _line(row: Row) -> str:
@@ -88,7 +96,11 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _command(report: Report) -> str:
-    words = [Path(word).name if os.sep in word else word for word in report.command]
+    words = []
+    for flag, word in pairwise(("", *report.command)):
+        # Addresses only look like paths, and the command lines of servers are recorded without folders.
+        is_server = flag == "--server" or word.startswith("--server=")
+        words.append(Path(word).name if os.sep in word and not is_server else word)
     return shlex.join(words)
 
 

@@ -15,12 +15,13 @@ How to read the numbers:
 - ``tokens_per_second`` is output tokens per second of wall time of the whole load, prompt processing included.
 - Repeats are paired: ``speed_vs_ar`` and ``speed_vs_vllm`` are medians of the ratios within each repeat, so what
   slows the machine down for minutes does not enter them. Both engines of a ratio hold the weights in the row's
-  ``weight_format``.
+  ``weight_format``, except where that is ``null``: a server that is not ours chose its own.
 - Time to first token depends on prefix caching. With ``"prefix_cache": "cold"`` every load carries its own
-  ``cache_salt``, which vLLM mixes into the keys of its cache, so that prompts are really processed each time. With
-  ``"warm"`` (or a server that ignores the salt) all repeats but the first find their prompts cached; that is equal
-  for all methods, but it makes prompt processing look nearly free.
-- ``identical_to_ar`` is about greedy texts; ``repeatable_fraction`` tells how often a method gives the same text as
+  ``cache_salt``, which vLLM mixes into the keys of its cache, and ``"cache_prompt": false``, which llama.cpp
+  understands, so that prompts are really processed each time. With ``"warm"`` (or a server that ignores both) all
+  repeats but the first find their prompts cached; that makes prompt processing look nearly free.
+- ``identical_to_ar`` is about greedy texts (a server that is not ours rounds in other places, so that its texts may
+  differ without being wrong); ``repeatable_fraction`` tells how often a method gives the same text as
   itself from one repeat to the next, the yardstick for it: batches of other shapes round differently.
 """
 
@@ -99,8 +100,12 @@ class MethodEntry:
         name, summary: of the method.
         command: its engine's command line.
         environment: variables that were added for it, and inherited ones that engines listen to; no secrets.
-        startup_seconds: from starting the process to its being ready, without warm-up; ``null`` if it never was.
+        startup_seconds: from starting the process to its being ready, without warm-up; ``null`` if it never was, or
+            ran before.
         settings: of a variant, what makes it differ from ``slipstream``, by ``section.name``; empty for others.
+        external: of a server that is not ours, its address (``command`` is empty then) or the command line that
+            starts it, with ``{port}`` in it; ``null`` for ours. The report's ``settings`` of engines do not apply to
+            it.
     """
 
     name: str
@@ -109,6 +114,7 @@ class MethodEntry:
     environment: Mapping[str, str]
     startup_seconds: float | None
     settings: Mapping[str, str] = field(default_factory=dict)
+    external: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +123,7 @@ class Row:
 
     Attributes:
         method, concurrency, category: what the row is about.
-        weight_format: the format that the engine held the weights in.
+        weight_format: the format that the engine held the weights in; ``null`` for a server that is not ours.
         repeats: how many repeats the row is made of.
         requests, failed_requests: answered ones and others, over all repeats.
         prompt_tokens, output_tokens: of the answered requests, over all repeats.
@@ -140,7 +146,7 @@ class Row:
     method: str
     concurrency: int
     category: str
-    weight_format: str
+    weight_format: str | None
     repeats: int
     requests: int
     failed_requests: int

@@ -23,6 +23,7 @@ from bench.plan import Cell, measuring_order, seconds_left
 from bench.process import free_port
 from bench.prompts import PromptFile
 from bench.report import Failure, MethodEntry, PrefixCache, Report, Settings, write_report
+from bench.servers import without_folders
 from bench.speculation import SpeculationCounters, read_counters
 from bench.terminal import Display
 
@@ -115,23 +116,25 @@ class _Benchmark:
 
     def _start_engines(self, pool: EnginePool) -> None:
         for number, method in enumerate(self._options.methods, start=1):
-            self._display.note(f"{method.title}: starting ({number} of {len(self._options.methods)})")
             try:
-                engine = self._start(pool, method)
+                engine = self._start(pool, method, f"({number} of {len(self._options.methods)})")
             except EngineError as failure:
                 self._fail(method.name, failure)
                 continue
             self._engines[method.name] = engine
-            self._display.note(f"{method.name}: ready after {engine.startup_seconds:.1f} s")
+            took = "" if engine.startup_seconds is None else f" after {engine.startup_seconds:.1f} s"
+            self._display.note(f"{method.name}: ready{took}")
 
-    def _start(self, pool: EnginePool, method: Method) -> Engine:
+    def _start(self, pool: EnginePool, method: Method, place: str) -> Engine:
         port = free_port()
         launch = method.launch(self._options.engine, port)
+        self._display.note(f"{method.title}: {'starting' if launch.address is None else 'looking for it'} {place}")
         self._entries[method.name] = _entry(method, launch)
         engine = pool.start(method, launch, port)
-        self._entries[method.name] = replace(
-            self._entries[method.name], startup_seconds=round(engine.startup_seconds, 3)
-        )
+        if engine.startup_seconds is not None:
+            self._entries[method.name] = replace(
+                self._entries[method.name], startup_seconds=round(engine.startup_seconds, 3)
+            )
         try:
             self._warm_up(engine)
         except EngineError:
@@ -267,18 +270,22 @@ def _raise_if_all_failed(stage: Stage, engine: Engine, result: LoadResult) -> No
     if failure := engine.failure_if_dead(stage):
         raise failure
     message = f"all {len(errors)} requests failed; the first: {errors[0]}"
-    raise EngineError(stage, message, engine.process.log_tail())
+    raise EngineError(stage, message, engine.log_tail())
 
 
 def _entry(method: Method, launch: Launch) -> MethodEntry:
-    environment = {**{name: value for name, value in os.environ.items() if _matters(name)}, **launch.environment}
+    # The variables of this process say nothing about a server that ran before.
+    inherited = os.environ if launch.address is None else {}
+    environment = {**{name: value for name, value in inherited.items() if _matters(name)}, **launch.environment}
+    command = without_folders(launch.command) if method.external else launch.command
     return MethodEntry(
         name=method.name,
         summary=_portable(method.summary),
-        command=tuple("python" if part == sys.executable else _portable(part) for part in launch.command),
+        command=tuple("python" if part == sys.executable else _portable(part) for part in command),
         environment={name: _portable(value) for name, value in sorted(environment.items())},
         startup_seconds=None,
         settings={key: _portable(value) for key, value in method.settings.items()},
+        external=method.external,
     )
 
 

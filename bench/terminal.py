@@ -142,8 +142,9 @@ def render_table(rows: Sequence[Row]) -> str:
 
 
 def render_settings(methods: Sequence[MethodEntry]) -> str:
-    """What the variants in a table are, a line each; empty without variants."""
-    return "".join(f"{method.name}: {settings_text(method.settings)}\n" for method in methods if method.settings)
+    """What the variants and the servers that are not ours are, a line each; empty without any."""
+    details = ((method.name, settings_text(method.settings) or method.external) for method in methods)
+    return "".join(f"{name}: {text}\n" for name, text in details if text)
 
 
 def align_columns(lines: Sequence[Sequence[str]], numbers_from: int) -> str:

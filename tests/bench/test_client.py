@@ -43,6 +43,14 @@ def test_reasoning_counts_as_text() -> None:
     assert answer((11.0, event), (12.0, chunk("!")), (12.0, usage(2))).text == "hm!"
 
 
+def test_the_stream_of_llama_cpp() -> None:
+    role = json.dumps({"choices": [{"finish_reason": None, "delta": {"role": "assistant", "content": None}}]})
+    counts = {"completion_tokens": 2, "prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 0}}
+    end = json.dumps({"choices": [], "usage": counts, "timings": {"cache_n": 0, "predicted_n": 2}})
+    measured = answer((10.5, role), (11.0, chunk("a")), (12.0, chunk("b")), (12.5, chunk(None, "length")), (13.0, end))
+    assert measured == Answer("ab", 3, 2, 1.0, 1.5, 2.5)
+
+
 def test_streams_without_usage_or_text_are_failures() -> None:
     assert answer((11.0, chunk("a"))).error == "the server reports no token usage for streams"
     assert answer((11.0, "[DONE]")).error == "the stream ended without an answer"

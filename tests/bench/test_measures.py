@@ -67,6 +67,15 @@ def test_speed_is_the_median_over_repeats_with_its_spread() -> None:
     assert row.weight_format == "float32"
 
 
+def test_the_weights_of_a_server_that_is_not_ours_are_unknown() -> None:
+    other = Method("other", "", no_launch, external="http://127.0.0.1:8081")
+    results = [result(name, (said("a"),), seconds) for name, seconds in (("ar", 1.0), ("other", 0.5))]
+    ours, theirs = build_rows(results, (METHODS[1], other), ("math",), "float32", greedy=True)[::2]
+    assert (ours.weight_format, theirs.weight_format) == ("float32", None)
+    assert (theirs.method, theirs.speed_vs_ar, theirs.identical_to_ar) == ("other", 2.0, True)
+    assert theirs.emitted_per_verify_step is None
+
+
 def test_paired_ratios_ignore_what_slows_down_both() -> None:
     rows = rows_of(
         result("vllm", (said("a"),), 1.0, repeat=0),

@@ -1,5 +1,6 @@
 """The README's table comes from a report and from nowhere else."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from bench.errors import BenchError
 from bench.readme import benchmark_section, main, update_readme
-from bench.report import write_report
+from bench.report import MethodEntry, write_report
 from tests.bench.test_report import report
 
 
@@ -18,6 +19,26 @@ def test_section_has_a_line_for_every_method_and_names_machine_and_command() -> 
     assert "a CPU, 2 cores" in section and "`slipstream bench`" in section
     assert "[docs/report.json](docs/report.json)" in section
     assert "`ar` our engine with drafting off. `short` is our engine with a.b=1.\n" in section
+
+
+@pytest.mark.parametrize("flag", [("--server", "{}"), ("--server={}",)])
+def test_other_servers_are_named_with_their_command_line_or_address(flag: tuple[str, ...]) -> None:
+    started = "llama-server -m org/model.gguf --port {port}"
+    entries = (
+        MethodEntry("started", "a server", ("llama-server",), {}, 1.0, external=started),
+        MethodEntry("running", "a server", (), {}, None, external="http://127.0.0.1:8081"),
+    )
+    words = (word.format(text) for text in (f"started={started}", "running=http://127.0.0.1:8081") for word in flag)
+    command = ("slipstream", "bench", "--output", "/some/where/report.json", *words)
+    row = replace(report().rows[0], method="running", category="all", weight_format=None, emitted_per_verify_step=None)
+    section = benchmark_section(replace(report(), methods=entries, rows=(row,), command=command), "report.json")
+    assert (
+        f" `started` is another server, with weights and arithmetic of its own: `{started}`. `running` is another "
+        "server, with weights and arithmetic of its own: `http://127.0.0.1:8081`.\n"
+    ) in section
+    shown = shlex.join(("slipstream", "bench", "--output", "report.json", *command[4:]))
+    assert f"Made by `{shown}`;" in section
+    assert "| 1 | all | running | 10.0 | 1.00 | 1.00 |  | 100% |" in section
 
 
 def test_a_name_cannot_break_the_table() -> None:

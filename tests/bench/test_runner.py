@@ -173,4 +173,5 @@ def test_the_same_is_asked_of_all_methods_and_prompts_are_cold(tmp_path: Path, m
     measured = [body for body in map(json.loads, ours) if body["cache_salt"].startswith("repeat")]
     assert {body["cache_salt"] for body in measured} == {"repeat 0 at 1", "repeat 1 at 1"}
     assert {(body["seed"], body["temperature"], body["max_tokens"]) for body in measured} == {(3, 0.5, 9)}
+    assert {body["cache_prompt"] for body in measured} == {False}
     assert ran.row("new", 1, "all").identical_to_ar is None

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from bench.plan import Cell
+from bench.report import MethodEntry
 from bench.terminal import LiveDisplay, PlainDisplay, duration, make_display, render_settings, render_table
 from tests.bench.test_report import report
 
@@ -26,6 +27,8 @@ def test_the_table_is_aligned_and_says_what_is_unknown() -> None:
 def test_variants_are_explained() -> None:
     assert render_settings(report().methods) == "short: a.b=1, c.d=x\n"
     assert render_settings(report().methods[:1]) == ""
+    server = MethodEntry("other", "a server", (), {}, None, external="http://127.0.0.1:8081")
+    assert render_settings([server]) == "other: http://127.0.0.1:8081\n"
 
 
 def test_plain_lines_without_a_terminal() -> None:

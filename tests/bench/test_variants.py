@@ -132,4 +132,10 @@ def test_a_malformed_variant_is_a_mistake(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize("form", ["--prompts={}", "{}"])
 def test_the_recorded_command_has_no_folder_of_the_prompts(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     monkeypatch.setattr("sys.argv", ["slipstream", "bench", form.format("../data/p.jsonl"), "--limit", "3"])
-    assert cli._recorded_command("../data/p.jsonl") == ("slipstream", "bench", form.format("p.jsonl"), "--limit", "3")
+    assert cli._recorded_command("../data/p.jsonl", {}) == (
+        "slipstream",
+        "bench",
+        form.format("p.jsonl"),
+        "--limit",
+        "3",
+    )
