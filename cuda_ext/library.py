@@ -9,15 +9,13 @@ import torch
 SOURCES = Path(__file__).parent / "csrc"
 BUILD_DESCRIPTION = Path(__file__).parent / "CMakeLists.txt"
 BUILT = Path(__file__).parent / "_build"
-CPU_OPERATORS = frozenset({"block_attention", "partition_block", "write_context", "append_block", "linear"})
-CUDA_OPERATORS = frozenset({"block_attention"})
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedLibrary:
-    """A compiled library: the ``operators`` it registered and, for people, what it is or why there is none."""
+    """Whether a compiled library was ``found`` and, for people, what it is or why there is none."""
 
-    operators: frozenset[str]
+    found: bool
     description: str
 
 
@@ -39,13 +37,13 @@ def library_path(device: str) -> Path:
 def load(device: str) -> LoadedLibrary:
     """Load the kernels of ``cpu`` or ``cuda`` if they were built from these sources and can run here."""
     if device == "cuda" and not torch.version.cuda:
-        return LoadedLibrary(frozenset(), "this torch has no CUDA")
+        return LoadedLibrary(False, "this torch has no CUDA")
     path = library_path(device)
     if not path.exists():
         older = any(BUILT.glob(f"slipstream_{device}-*.so"))
         reason = "built from other sources or for another torch" if older else "not built"
-        return LoadedLibrary(frozenset(), f"the library was {reason}; run: python -m cuda_ext.build {device}")
+        return LoadedLibrary(False, f"the library was {reason}; run: python -m cuda_ext.build {device}")
     torch.ops.load_library(str(path))
     if device == "cuda":
-        return LoadedLibrary(CUDA_OPERATORS, "never run by this project: no GPU was available")
-    return LoadedLibrary(CPU_OPERATORS, f"instruction set {torch.ops.slipstream.cpu_isa()}")
+        return LoadedLibrary(True, "never run by this project: no GPU was available")
+    return LoadedLibrary(True, f"instruction set {torch.ops.slipstream.cpu_isa()}")

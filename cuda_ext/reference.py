@@ -6,6 +6,9 @@ observed slots stand first, slots still masked behind them, and attention is cau
 topological reordering, arXiv 2512.22737).
 """
 
+import itertools
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -151,8 +154,8 @@ def append_block(
     query, key, value = heads.split([heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads], dim=2)
     key = rotate(rms_norm(key, key_norm, eps), rotary_table, positions)
     row, column = (places >= 0).nonzero(as_tuple=True)
-    block_key[row, places[row, column]] = key[row, column]
-    block_value[row, places[row, column]] = value[row, column]
+    block_key[row, places[row, column]] = key[row, column].to(block_key.dtype)
+    block_value[row, places[row, column]] = value[row, column].to(block_value.dtype)
     return rotate(rms_norm(query, query_norm, eps), rotary_table, positions)
 
 
@@ -172,6 +175,163 @@ def linear(
         ``[rows, out]`` float32.
     """
     return F.linear(input, unpack(PackedWeight(WeightFormat(format), out, input.shape[1], panels, scales)))
+
+
+def likely_tokens(
+    logits: torch.Tensor, bias: torch.Tensor | None, count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The likeliest tokens of rows of logits, without writing down the probabilities of all.
+
+    Args:
+        logits: ``[blocks, vocab]`` float32.
+        bias: ``[blocks, rows, vocab]`` float32 that makes several rows of each block's logits, or ``None`` for one.
+        count: tokens wanted, at most ``vocab``.
+
+    Returns:
+        ``[blocks, rows, count]`` float32 falling probabilities; int64, whose they are, of equal ones those with
+        smaller ids first; ``[blocks, rows]`` float32 logarithms of the sums of exponentials.
+    """
+    rows = logits[:, None] if bias is None else logits[:, None] + bias
+    tokens = rows.sort(dim=-1, descending=True, stable=True).indices[..., :count].contiguous()
+    return rows.softmax(dim=-1).gather(-1, tokens), tokens, rows.logsumexp(dim=-1)
+
+
+def decoder_layer(
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    positions: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    query_starts: torch.Tensor,
+    rotary_table: torch.Tensor,
+    scale: float,
+    input_norm: torch.Tensor,
+    post_norm: torch.Tensor,
+    eps: float,
+    panels: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    formats: list[str],
+    heads: int,
+    intermediate: int,
+    qkv_bias: torch.Tensor | None,
+    query_norm: torch.Tensor | None,
+    key_norm: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A decoder layer of the target for the new tokens of several requests, causal over their paged context.
+
+    Keys and values of the new tokens are stored first; then the last ``query_starts[r + 1] - query_starts[r]`` of the
+    ``context_lens[r]`` tokens of request ``r`` are the queries. For the arguments from ``input_norm`` on see
+    ``cuda_ext.decoder.DecoderLayerWeights``.
+
+    Args:
+        hidden: ``[tokens, hidden]`` float32, what the layer before added to ``residual``.
+        residual: ``[tokens, hidden]`` float32, or ``None`` before the first layer.
+        positions: ``[tokens]`` int64.
+        key_cache, value_cache: ``[pages, page_size, kv_heads, head_dim]``, changed in place.
+        slot_mapping: ``[tokens]`` int64, page * page_size + offset; tokens with a negative one are not stored.
+        block_tables: ``[requests, max_pages]`` int32 page ids.
+        context_lens: ``[requests]`` int32 tokens, the new ones included.
+        query_starts: ``[requests + 1]`` int32 rising from 0; rows from the last on are padding and see nothing.
+        rotary_table: ``[positions, 2, head_dim]``, see ``rotate``.
+        scale: factor on the dot products.
+
+    Returns:
+        What the layer adds to the residual stream last, and the residual stream before that.
+    """
+    project = partial(_project, panels, scales, formats)
+    stream = hidden if residual is None else hidden + residual
+    kv_heads, head_dim = key_cache.shape[2:]
+    qkv = project(rms_norm(stream, input_norm, eps), 0, (heads + 2 * kv_heads) * head_dim)
+    if qkv_bias is not None:
+        qkv = qkv + qkv_bias
+    query, key, value = qkv.unflatten(-1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
+    write_context(key, value, key_norm, eps, rotary_table, positions, slot_mapping, key_cache, value_cache)
+    query = rotate(rms_norm(query, query_norm, eps), rotary_table, positions)
+    attended = torch.zeros_like(query)
+    nothing = query.new_empty(1, 0, kv_heads, head_dim)
+    for row, (first, last) in enumerate(itertools.pairwise(query_starts.tolist())):
+        for token in range(first, last):
+            seen = context_lens[row : row + 1] - (last - 1 - token)
+            attended[token] = block_attention(
+                query[None, None, token].to(key_cache.dtype),
+                nothing.to(key_cache.dtype),
+                nothing.to(key_cache.dtype),
+                key_cache,
+                value_cache,
+                block_tables[row : row + 1],
+                seen,
+                seen.new_zeros(1, 1),
+                scale,
+            )[0, 0]
+    stream = stream + project(attended.flatten(1), 1, hidden.shape[1])
+    gate, up = project(rms_norm(stream, post_norm, eps), 2, 2 * intermediate).chunk(2, dim=-1)
+    return project(F.silu(gate) * up, 3, hidden.shape[1]), stream
+
+
+def draft_layer(
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    positions: torch.Tensor,
+    places: torch.Tensor,
+    visible: torch.Tensor,
+    block_key: torch.Tensor,
+    block_value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    rotary_table: torch.Tensor,
+    scale: float,
+    input_norm: torch.Tensor,
+    post_norm: torch.Tensor,
+    eps: float,
+    panels: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    formats: list[str],
+    heads: int,
+    intermediate: int,
+    qkv_bias: torch.Tensor | None,
+    query_norm: torch.Tensor | None,
+    key_norm: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A decoder layer of the drafter for some slots of the blocks of several requests.
+
+    Keys and values of the slots are put at their physical places first; then every slot sees the whole paged context
+    of its request, which is left as it is, and the first ``visible`` places of its block. For the arguments from
+    ``input_norm`` on see ``cuda_ext.decoder.DecoderLayerWeights``, for the others ``append_block`` and
+    ``block_attention``.
+
+    Args:
+        hidden: ``[requests, queries, hidden]`` float32, what the layer before added to ``residual``.
+        residual: of the same shape, or ``None`` before the first layer.
+
+    Returns:
+        What the layer adds to the residual stream last, and the residual stream before that.
+    """
+    project = partial(_project, panels, scales, formats)
+    stream = hidden if residual is None else hidden + residual
+    kv_heads, head_dim = block_key.shape[2:]
+    qkv = project(rms_norm(stream, input_norm, eps), 0, (heads + 2 * kv_heads) * head_dim)
+    if qkv_bias is not None:
+        qkv = qkv + qkv_bias
+    query = append_block(qkv, query_norm, key_norm, eps, rotary_table, positions, places, block_key, block_value)
+    attended = block_attention(
+        query.to(key_cache.dtype),
+        *(block_key, block_value, key_cache, value_cache, block_tables, context_lens, visible, scale),
+    )
+    stream = stream + project(attended.to(hidden.dtype).flatten(2), 1, hidden.shape[-1])
+    gate, up = project(rms_norm(stream, post_norm, eps), 2, 2 * intermediate).chunk(2, dim=-1)
+    return project(F.silu(gate) * up, 3, hidden.shape[-1]), stream
+
+
+def _project(
+    panels: list[torch.Tensor], scales: list[torch.Tensor], formats: list[str], x: torch.Tensor, index: int, out: int
+) -> torch.Tensor:
+    held = scales[index] if scales[index].numel() else None
+    return linear(x.flatten(0, -2), panels[index], held, out, formats[index]).view(*x.shape[:-1], out)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from drafter.layers import BlockContext, BlockRows
 from drafter.refine import BlockShape, PassPlan, observe, plan_pass
-from drafter.serving import BlockCache, BlockContext, BlockRows, ServingDrafter
+from drafter.serving import BlockCache, ServingDrafter
 from drafter.thresholds import Thresholds
 from drafter.types import DraftPath, PathSearcher
 

@@ -3,45 +3,13 @@
 ``drafter.model`` is the same network for training, in differentiable PyTorch; tests hold the two together.
 """
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 
-from cuda_ext import ops
 from drafter.checkpoint import Drafter
 from drafter.head import DraftHead
-from drafter.model import DrafterLayer, RMSNorm
+from drafter.layers import BlockContext, BlockRows, serving_layer
 from drafter.packed import PackedLinear, PackedMarkovHead
 from drafter.types import PagedCacheSpec, TargetModel
-
-
-@dataclass(frozen=True, slots=True)
-class BlockRows:
-    """The slots of each request's block that one pass computes.
-
-    Attributes:
-        positions: ``[requests, rows]`` int64 logical positions.
-        places: ``[requests, rows]`` int64 physical places; negative for padding.
-        visible: ``[requests, rows]`` int32 physical slots that each row sees.
-    """
-
-    positions: torch.Tensor
-    places: torch.Tensor
-    visible: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class BlockContext:
-    """What stands before each block.
-
-    Attributes:
-        block_tables: ``[requests, max_pages]`` int32.
-        lengths: ``[requests]`` int32 tokens.
-    """
-
-    block_tables: torch.Tensor
-    lengths: torch.Tensor
 
 
 class BlockCache:
@@ -79,7 +47,7 @@ class ServingDrafter:
         self.head = DraftHead(head.weight, head.token_ids, markov, packed)
         self._fc = PackedLinear(model.fc.weight)
         self._last_feature = PackedLinear(model.last_feature_proj.weight) if model.last_feature_proj else None
-        self._layers = [_ServingLayer(layer, config.rms_norm_eps) for layer in model.layers]  # type: ignore[arg-type]
+        self._layers = [serving_layer(layer, config.rms_norm_eps) for layer in model.layers]  # type: ignore[arg-type]
         shape = (cache.num_pages, 2, cache.page_size, config.num_kv_heads, config.head_dim)
         self.pages = [torch.zeros(shape, device=cache.device) for _ in range(config.num_layers)]
 
@@ -120,65 +88,8 @@ class ServingDrafter:
             Hidden states ``[requests, rows, hidden]`` after the final norm.
         """
         table = self._model.rotary.covering(rows.positions)
-        x = inputs
+        x, residual = inputs, None
         for index, layer in enumerate(self._layers):
-            x = layer.run(x, table, rows, context, self.pages[index], cache.layer(index))
-        hidden: torch.Tensor = self._model.norm(x)
+            x, residual = layer.run(x, residual, table, rows, context, self.pages[index], cache.layer(index))
+        hidden: torch.Tensor = self._model.norm(x if residual is None else x + residual)
         return hidden
-
-
-class _ServingLayer:
-    """One decoder layer with its weights packed."""
-
-    def __init__(self, layer: DrafterLayer, eps: float):
-        self._shape, self._eps, self._scale = (layer.kv_heads, layer.head_dim), eps, layer.head_dim**-0.5
-        self._input_norm, self._post_norm = layer.input_layernorm, layer.post_attention_layernorm
-        self._query_norm, self._key_norm = _weight(layer.q_norm), _weight(layer.k_norm)
-        self._qkv, self._o = PackedLinear(layer.qkv_proj.weight), PackedLinear(layer.o_proj.weight)
-        self._context_kv = PackedLinear(layer.qkv_proj.weight[layer.q_size :])
-        self._gate_up, self._down = PackedLinear(layer.gate_up_proj.weight), PackedLinear(layer.down_proj.weight)
-
-    def write_context(
-        self,
-        features: torch.Tensor,
-        rotary_table: torch.Tensor,
-        positions: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        pages: torch.Tensor,
-    ) -> None:
-        kv_heads, head_dim = self._shape
-        key, value = self._context_kv(features).view(-1, 2, kv_heads, head_dim).unbind(1)
-        ops.write_context(
-            key, value, self._key_norm, self._eps, rotary_table, positions, slot_mapping, pages[:, 0], pages[:, 1]
-        )
-
-    def run(
-        self,
-        x: torch.Tensor,
-        rotary_table: torch.Tensor,
-        rows: BlockRows,
-        context: BlockContext,
-        pages: torch.Tensor,
-        block: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        query = ops.append_block(
-            self._qkv(self._input_norm(x)),
-            self._query_norm,
-            self._key_norm,
-            self._eps,
-            rotary_table,
-            rows.positions,
-            rows.places,
-            *block,
-        )
-        attended = ops.block_attention(
-            query, *block, pages[:, 0], pages[:, 1], context.block_tables, context.lengths, rows.visible, self._scale
-        )
-        x = x + self._o(attended.flatten(2))
-        gate, up = self._gate_up(self._post_norm(x)).chunk(2, dim=-1)
-        result: torch.Tensor = x + self._down(F.silu(gate) * up)
-        return result
-
-
-def _weight(norm: RMSNorm | None) -> torch.Tensor | None:
-    return None if norm is None else norm.weight.detach()

@@ -11,9 +11,10 @@ from drafter.align.corpus import Answer
 from drafter.checkpoint import Drafter
 from drafter.denoise import BlockStarts, denoise
 from drafter.head import DraftHead
+from drafter.layers import BlockContext
 from drafter.model import BlockDrafter
 from drafter.options import ProposalOptions
-from drafter.serving import BlockContext, ServingDrafter
+from drafter.serving import ServingDrafter
 from drafter.thresholds import FixedThreshold, Thresholds
 from drafter.types import PagedCacheSpec, TargetModel
 

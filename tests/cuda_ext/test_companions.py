@@ -1,4 +1,4 @@
-"""Block order, context writes and block writes, against loops."""
+"""Block order, context writes and, in PyTorch alone, block writes, against loops."""
 
 from types import ModuleType
 from typing import Any
@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cuda_ext import ops
+from cuda_ext.reference import append_block
 from tests.cuda_ext.oracle import rms_norm, rotary_table, rotate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -151,11 +152,10 @@ def test_a_norm_of_zeros_is_held_up_by_eps(operations: ModuleType) -> None:
     assert pages.count_nonzero() == 0
 
 
-# Slots of a block
+# Slots of a block; the kernels that do this for a whole layer are tested in test_decoder_layer
 
 
 def check_block(
-    operations: ModuleType,
     dtype: torch.dtype = torch.float32,
     head_dim: int = 8,
     heads: int = 4,
@@ -169,7 +169,7 @@ def check_block(
     block = numbers(2, requests, 5, kv_heads, head_dim, dtype=dtype)
     before, given = block.clone(), qkv.clone()
     positions = (torch.arange(requests * queries) * 7 % POSITIONS).view(requests, queries)
-    query = operations.append_block(
+    query = append_block(
         qkv,
         query_norm,
         key_norm,
@@ -203,18 +203,18 @@ def check_block(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [2, 64, 96])
 def test_queries_and_keys_are_normed_and_rotated(
-    operations: ModuleType, head_dim: int, dtype: torch.dtype, query_normed: bool, key_normed: bool
+    head_dim: int, dtype: torch.dtype, query_normed: bool, key_normed: bool
 ) -> None:
     norms = (1 + numbers(head_dim, seed=1) / 4 if query_normed else None, numbers(head_dim) if key_normed else None)
-    check_block(operations, dtype, head_dim, query_norm=norms[0], key_norm=norms[1])
+    check_block(dtype, head_dim, query_norm=norms[0], key_norm=norms[1])
 
 
 @pytest.mark.parametrize("heads", [1, 2, 6])
 @pytest.mark.parametrize(
     "places", [((4, 3, 2, 1, 0),), ((-1,), (0,)), ((-1, -2), (-1, -1)), ((2, -1),)], ids=["all", "one", "none", "pad"]
 )
-def test_rows_of_any_places(operations: ModuleType, places: tuple[tuple[int, ...], ...], heads: int) -> None:
-    check_block(operations, heads=heads, places=places)
+def test_rows_of_any_places(places: tuple[tuple[int, ...], ...], heads: int) -> None:
+    check_block(heads=heads, places=places)
 
 
 # Schemas and refusals
@@ -234,24 +234,12 @@ CONTEXT: dict[str, Any] = {
     "value_cache": numbers(2, 3, 2, 4),
 }
 
-BLOCK: dict[str, Any] = {
-    "qkv": numbers(2, 3, (4 + 2 * 2) * 4),
-    "query_norm": torch.ones(4),
-    "key_norm": None,
-    "eps": EPS,
-    "rotary_table": TABLE,
-    "positions": torch.arange(6).view(2, 3),
-    "places": torch.tensor([[0, 1, 2], [2, -1, 4]]),
-    "block_key": numbers(2, 5, 2, 4),
-    "block_value": numbers(2, 5, 2, 4),
-}
-
 ORDER: dict[str, Any] = {
     "observed_at": torch.tensor([[0, 2, 1], [0, 1, 1]], dtype=torch.int32),
     "first_positions": torch.tensor([7, 9]),
 }
 
-OPERATORS = {"write_context": CONTEXT, "append_block": BLOCK, "partition_block": ORDER}
+OPERATORS = {"write_context": CONTEXT, "partition_block": ORDER}
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -289,22 +277,6 @@ def _spread(tensor: torch.Tensor) -> torch.Tensor:
         ("write_context", "key_cache", CONTEXT["key_cache"][0]),
         ("write_context", "key_cache", _spread(CONTEXT["key_cache"])),
         ("write_context", "value_cache", CONTEXT["value_cache"][:1]),
-        ("append_block", "qkv", BLOCK["qkv"][0]),
-        ("append_block", "qkv", BLOCK["qkv"][..., :30]),
-        ("append_block", "qkv", BLOCK["qkv"][..., :16]),
-        ("append_block", "qkv", _spread(BLOCK["qkv"])),
-        ("append_block", "query_norm", torch.ones(3)),
-        ("append_block", "key_norm", torch.ones(1, 4)),
-        ("append_block", "rotary_table", TABLE[:, :, :2]),
-        ("append_block", "positions", BLOCK["positions"].int()),
-        ("append_block", "positions", BLOCK["positions"] + POSITIONS),
-        ("append_block", "positions", BLOCK["positions"][:1]),
-        ("append_block", "places", BLOCK["places"].int()),
-        ("append_block", "places", BLOCK["places"][:, :2]),
-        ("append_block", "places", BLOCK["places"] + 1),
-        ("append_block", "block_key", BLOCK["block_key"][:1]),
-        ("append_block", "block_key", _spread(BLOCK["block_key"])),
-        ("append_block", "block_value", BLOCK["block_value"][:, :2]),
         ("partition_block", "observed_at", ORDER["observed_at"].long()),
         ("partition_block", "observed_at", ORDER["observed_at"][0]),
         ("partition_block", "first_positions", ORDER["first_positions"].int()),
@@ -315,5 +287,5 @@ def test_wrong_arguments_are_named(compiled: ModuleType, operator: str, name: st
     arguments = _copied(OPERATORS[operator]) | {name: value}
     with pytest.raises(RuntimeError, match=name):
         getattr(compiled, operator)(*arguments.values())
-    for key in {"key_cache", "value_cache", "block_key", "block_value"} & arguments.keys() - {name}:
+    for key in {"key_cache", "value_cache"} & arguments.keys() - {name}:
         assert torch.equal(arguments[key], OPERATORS[operator][key]), f"{key} has changed although the call was refused"

@@ -8,9 +8,12 @@ import re
 import shutil
 import subprocess
 from collections import defaultdict
+from collections.abc import Iterator
 
 import pytest
+import torch
 
+from cuda_ext import ops
 from cuda_ext.library import library_path
 
 _FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
@@ -68,3 +71,22 @@ def test_there_is_something_to_find(functions: dict[str, list[str]]) -> None:
         for name in ("attend", "linear", "rotate"):
             assert any(f"slipstream::{operator}::{name}(" in user for user in users), (operator, name)
     assert any("slipstream::scalar::linear(" in name for name in functions)
+
+
+@pytest.fixture
+def best_again() -> Iterator[None]:
+    yield
+    ops.use_instruction_set("auto")
+
+
+def test_an_instruction_set_can_be_asked_for(instruction_sets: list[str], best_again: None) -> None:
+    for name in instruction_sets:
+        ops.use_instruction_set(name)
+        assert torch.ops.slipstream.cpu_isa() == name
+    ops.use_instruction_set("auto")
+    assert not instruction_sets or torch.ops.slipstream.cpu_isa() == instruction_sets[0]
+
+
+def test_one_that_the_processor_lacks_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="instruction set is sse9"):
+        ops.use_instruction_set("sse9")

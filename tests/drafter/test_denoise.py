@@ -9,8 +9,9 @@ import torch
 
 from drafter.config import DrafterConfig
 from drafter.denoise import BlockStarts, Denoised, denoise
+from drafter.layers import BlockContext, BlockRows
 from drafter.refine import MASKED, BlockShape
-from drafter.serving import BlockContext, BlockRows, ServingDrafter
+from drafter.serving import ServingDrafter
 from drafter.thresholds import FixedThreshold, Thresholds
 from drafter.types import DraftPath, PagedCacheSpec
 from tests.drafter.dense import dense_block

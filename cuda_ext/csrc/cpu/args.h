@@ -21,20 +21,27 @@ struct AttentionArgs {
   Rows query, block_key, block_value, key_cache, value_cache, output;
   const int32_t* block_tables;
   int64_t block_table_stride;
-  const int32_t* context_lens;
-  const int32_t* visible;  // [requests, queries], contiguous
-  int64_t queries, slots, kv_heads, group, head_dim, page_size;
+  const int32_t* visible;  // [requests, queries], contiguous; of draft slots
+  bool causal;             // each query sees one token of context more than the one before it, or all see the same
+  int64_t queries;         // the most of a span
+  int64_t slots, kv_heads, group, head_dim, page_size;
   float scale;
+};
+
+// Queries of one request that are computed together. The last of them sees `context` tokens of context.
+struct QuerySpan {
+  int64_t request, first, queries, context;
 };
 
 // Context tokens that one task reads. Fixed, so that a row's result never depends on what else is computed.
 inline constexpr int64_t kChunk = 256;
 
-// Some kv heads of one chunk of one request. The last chunk also takes the draft slots. A task either finishes its
+// Some kv heads of one chunk of one span. The last chunk also takes the draft slots. A task either finishes its
 // rows (`partials` is null) or leaves for each of its heads, `partial_stride` floats apart, and for each row of the head
 // maximum, sum and `head_dim` unnormalised outputs.
 struct AttentionTask {
-  int64_t request, first_head, heads, chunk;
+  QuerySpan span;
+  int64_t first_head, heads, chunk;
   bool last;
   float* partials;
   int64_t partial_stride;
@@ -69,15 +76,36 @@ struct RotaryArgs {
   int64_t head_dim;
 };
 
+struct NormArgs {
+  const float* weight;
+  float eps;
+  int64_t width;
+};
+
+struct LikelyArgs {
+  const float* logits;
+  const float* bias;  // added to them, or null
+  int64_t vocab, count;
+  float* probabilities;  // [count], falling; what there are too few tokens for is 0
+  int64_t* tokens;       // [count], -1 where there are too few
+  float* log_sum;        // of all exponentials
+};
+
 // The kernels of one instruction set. Row pointers are to `head_dim` contiguous elements.
 struct Kernels {
   const char* name;
   int64_t (*scratch_floats)(const AttentionArgs&);  // of a task with all kv heads
   void (*attend)(const AttentionArgs&, const AttentionTask&, float* scratch);
-  void (*combine)(const AttentionArgs&, int64_t request, int64_t kv_head, const float* partials, int64_t chunks);
+  void (*combine)(const AttentionArgs&, const QuerySpan&, int64_t kv_head, const float* partials, int64_t chunks);
   // Norm and rotate one row from `source` into `target`.
   void (*rotate)(const RotaryArgs&, int64_t position, const void* source, DType from, void* target, DType to);
   void (*copy)(const void* source, DType from, void* target, DType to, int64_t head_dim);
+  // sum = row + added, or the row alone where `added` is null; target = the norm of that. `sum` may be `row`.
+  void (*add_and_normalise)(const NormArgs&, const float* row, const float* added, float* sum, float* target);
+  // target = silu(gate) * up
+  void (*gate)(const float* gate, const float* up, float* target, int64_t count);
+  // The likeliest tokens of one row of logits; of equal ones those that come first. `scratch` has `vocab` floats.
+  void (*likely)(const LikelyArgs&, float* scratch);
   // Columns of panels [first, last) for all rows.
   void (*linear)(const LinearArgs&, int64_t first, int64_t last);
 };

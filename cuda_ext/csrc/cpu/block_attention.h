@@ -1,6 +1,6 @@
-// Attention of draft slots over a paged context and their own block, for one instruction set.
+// Attention of new tokens or draft slots over a paged context, and over their own block, for one instruction set.
 //
-// A task is some kv heads of one request and at most kChunk tokens of context. It reads each key and value once, tile by
+// A task is some kv heads of one span and at most kChunk tokens of context. It reads each key and value once, tile by
 // tile and in place, for all `queries * group` rows that share a kv head, with online softmax (Milakov and
 // Gimelshein, arXiv 1805.02867) in base two. Rows never mix: a row's result depends on its query, on what it sees and
 // on the fixed chunk boundaries, and on nothing else in the batch.
@@ -192,29 +192,35 @@ static void add_values(const Workspace& w, int64_t row, const float* const* valu
   for (; d < width; d += kWidth) gather_values<kRows, 1>(weights, values, count, d, output, width);
 }
 
+// What the rows of a span see of a tile that has `count` keys: `seen` by the first query, and `step` more with each.
+struct Sight {
+  int64_t count, seen, step;
+
+  int64_t of_row(int64_t row, int64_t group) const {
+    const int64_t keys = step ? seen + row / group * step : seen;
+    return keys < 0 ? 0 : keys < count ? keys : count;
+  }
+};
+
+// `count` keys exist; a row that sees fewer of them gives the others no weight, which changes nothing in its sums.
 template <int kRows>
-static void score_and_update(const Workspace& w, int64_t row, int64_t head_dim, int64_t count) {
-  const int64_t width = padded(head_dim);
-  score_rows<kRows>(w.query + row * width, width, head_dim, w.keys, w.weights + row * kTile);
-  for (int r = 0; r < kRows; ++r) update_row(w, row + r, width, count);
+static void attend_rows(
+    const AttentionArgs& a, const Workspace& w, int64_t row, const float* const* values, const Sight& sight) {
+  const int64_t width = padded(a.head_dim);
+  score_rows<kRows>(w.query + row * width, width, a.head_dim, w.keys, w.weights + row * kTile);
+  for (int r = 0; r < kRows; ++r) update_row(w, row + r, width, sight.of_row(row + r, a.group));
+  add_values<kRows>(w, row, values, sight.count, width);
 }
 
-// All rows against one tile; which rows share a register block changes nothing in any of them.
-static void attend_tile(const AttentionArgs& a, const Workspace& w, const float* const* values, int64_t count) {
-  const int64_t rows = a.queries * a.group, width = padded(a.head_dim);
+// All rows that see something of a tile; which rows share a register block changes nothing in any of them.
+static void attend_tile(
+    const AttentionArgs& a, const Workspace& w, int64_t queries, const float* const* values, const Sight& sight) {
+  const int64_t rows = queries * a.group;
   int64_t row = 0;
-  for (; row + kRowBlock <= rows; row += kRowBlock) {
-    score_and_update<kRowBlock>(w, row, a.head_dim, count);
-    add_values<kRowBlock>(w, row, values, count, width);
-  }
-  for (; row + 2 <= rows; row += 2) {
-    score_and_update<2>(w, row, a.head_dim, count);
-    add_values<2>(w, row, values, count, width);
-  }
-  if (row < rows) {
-    score_and_update<1>(w, row, a.head_dim, count);
-    add_values<1>(w, row, values, count, width);
-  }
+  if (sight.step > 0 && sight.seen <= 0) row = (1 - sight.seen) * a.group;
+  for (; row + kRowBlock <= rows; row += kRowBlock) attend_rows<kRowBlock>(a, w, row, values, sight);
+  for (; row + 2 <= rows; row += 2) attend_rows<2>(a, w, row, values, sight);
+  if (row < rows) attend_rows<1>(a, w, row, values, sight);
 }
 
 // Asks for rows of several heads, which lie side by side.
@@ -224,13 +230,13 @@ SLIPSTREAM_INLINE void prefetch_rows(const char* const* rows, int64_t count, int
   }
 }
 
-// The chunk's context tokens up to `end`: every row sees all of them.
+// The chunk's context tokens up to `end`.
 template <DType dtype>
 static void attend_context(const AttentionArgs& a, const AttentionTask& t, const Workspace& w, int64_t end) {
   constexpr int64_t kSize = dtype == DType::kFloat32 ? 4 : 2;
   const char* keys[kChunk];
   const char* values[kChunk];
-  const int32_t* const table = a.block_tables + t.request * a.block_table_stride;
+  const int32_t* const table = a.block_tables + t.span.request * a.block_table_stride;
   const int64_t begin = t.chunk * kChunk, total = end - begin;
   for (int64_t j = 0, page = begin / a.page_size, offset = begin % a.page_size; j < total; ++page, offset = 0) {
     for (; offset < a.page_size && j < total; ++offset, ++j) {
@@ -240,8 +246,10 @@ static void attend_context(const AttentionArgs& a, const AttentionTask& t, const
   }
   const int64_t key_bytes = ((t.heads - 1) * a.key_cache.head + a.head_dim) * kSize;
   const int64_t value_bytes = ((t.heads - 1) * a.value_cache.head + a.head_dim) * kSize;
+  const int64_t step = a.causal ? 1 : 0, seen_first = t.span.context - (t.span.queries - 1) * step - begin;
   for (int64_t tile = 0; tile < total; tile += kTile) {
     const int64_t count = total - tile < kTile ? total - tile : kTile;
+    const Sight sight{count, seen_first - tile, step};
     const int64_t left = total - tile - count, upcoming = left < kTile ? left : kTile;
     for (int64_t h = 0; h < t.heads; ++h) {
       const char* key_rows[kTile];
@@ -257,7 +265,7 @@ static void attend_context(const AttentionArgs& a, const AttentionTask& t, const
       const int64_t from = h * upcoming / t.heads, to = (h + 1) * upcoming / t.heads;
       prefetch_rows(keys + tile + count + from, to - from, key_bytes);
       prefetch_rows(values + tile + count + from, to - from, value_bytes);
-      attend_tile(a, of_head(a, w, h), placed, count);
+      attend_tile(a, of_head(a, w, h), t.span.queries, placed, sight);
     }
   }
 }
@@ -266,26 +274,22 @@ static void attend_context(const AttentionArgs& a, const AttentionTask& t, const
 // anything.
 template <DType dtype>
 static void attend_block(const AttentionArgs& a, const AttentionTask& t, const Workspace& w, int64_t head) {
-  const int64_t width = padded(a.head_dim);
   for (int64_t tile = 0; tile < a.slots; tile += kTile) {
     const int64_t count = a.slots - tile < kTile ? a.slots - tile : kTile;
     const char* keys[kTile];
     const char* values[kTile];
     const float* placed[kTile];
     for (int64_t j = 0; j < count; ++j) {
-      keys[j] = row_at(a.block_key, t.request, tile + j, t.first_head + head);
-      values[j] = row_at(a.block_value, t.request, tile + j, t.first_head + head);
+      keys[j] = row_at(a.block_key, t.span.request, tile + j, t.first_head + head);
+      values[j] = row_at(a.block_value, t.span.request, tile + j, t.first_head + head);
     }
     transpose_keys<dtype>(keys, count, a.head_dim, w.keys);
     place_values<dtype>(values, count, a.head_dim, w.values, placed);
-    for (int64_t q = 0; q < a.queries; ++q) {
-      const int64_t seen = a.visible[t.request * a.queries + q] - tile;
-      const int64_t bounded = seen < count ? seen : count;
-      if (bounded <= 0) continue;
-      for (int64_t row = q * a.group; row < (q + 1) * a.group; ++row) {
-        score_and_update<1>(w, row, a.head_dim, bounded);
-        add_values<1>(w, row, placed, bounded, width);
-      }
+    for (int64_t q = 0; q < t.span.queries; ++q) {
+      const int64_t seen = a.visible[t.span.request * a.queries + q] - tile;
+      const Sight sight{seen < count ? seen : count, seen, 0};
+      if (seen <= 0) continue;
+      for (int64_t row = q * a.group; row < (q + 1) * a.group; ++row) attend_rows<1>(a, w, row, placed, sight);
     }
   }
 }
@@ -301,10 +305,11 @@ static void attend_block(const AttentionArgs& a, const AttentionTask& t, const W
 static void prepare(const AttentionArgs& a, const AttentionTask& t, const Workspace& w, int64_t head) {
   const int64_t width = padded(a.head_dim);
   const float scale = a.scale * 1.44269504088896340736f;  // scores in base two
-  for (int64_t row = 0; row < a.queries * a.group; ++row) {
+  for (int64_t row = 0; row < t.span.queries * a.group; ++row) {
     const int64_t query_head = (t.first_head + head) * a.group + row % a.group;
     float* const query = w.query + row * width;
-    load_row(row_at(a.query, t.request, row / a.group, query_head), a.query.dtype, query, a.head_dim);
+    const char* const from = row_at(a.query, t.span.request, t.span.first + row / a.group, query_head);
+    load_row(from, a.query.dtype, query, a.head_dim);
     for (int64_t d = 0; d < a.head_dim; ++d) query[d] *= scale;
     for (int64_t d = 0; d < width; ++d) w.output[row * width + d] = 0.0f;
     for (int i = 0; i < kWidth; ++i) w.sum[row * kWidth + i] = 0.0f;
@@ -313,21 +318,22 @@ static void prepare(const AttentionArgs& a, const AttentionTask& t, const Worksp
 }
 
 // Divides by the sum of the weights; a row that saw nothing has none and gets zeros.
-SLIPSTREAM_INLINE void finish_row(const AttentionArgs& a, int64_t request, int64_t kv_head, int64_t row, float* output, float sum) {
+SLIPSTREAM_INLINE void finish_row(
+    const AttentionArgs& a, const QuerySpan& span, int64_t kv_head, int64_t row, float* output, float sum) {
   const Vec divisor = broadcast(sum > 0.0f ? sum : 1.0f);
   float result[256 + kWidth];
   for (int64_t d = 0; d < a.head_dim; d += kWidth) store(result + d, div(load(output + d), divisor));
-  char* const target = row_at(a.output, request, row / a.group, kv_head * a.group + row % a.group);
+  char* const target = row_at(a.output, span.request, span.first + row / a.group, kv_head * a.group + row % a.group);
   store_row(result, target, a.output.dtype, a.head_dim);
 }
 
 static void finish(const AttentionArgs& a, const AttentionTask& t, const Workspace& w, int64_t head) {
   const int64_t width = padded(a.head_dim);
-  for (int64_t row = 0; row < a.queries * a.group; ++row) {
+  for (int64_t row = 0; row < t.span.queries * a.group; ++row) {
     const float sum = reduce_add(load(w.sum + row * kWidth));
     float* const output = w.output + row * width;
     if (!t.partials) {
-      finish_row(a, t.request, t.first_head + head, row, output, sum);
+      finish_row(a, t.span, t.first_head + head, row, output, sum);
       continue;
     }
     float* const partial = t.partials + head * t.partial_stride + row * (2 + a.head_dim);
@@ -341,8 +347,8 @@ static void attend(const AttentionArgs& a, const AttentionTask& t, float* scratc
   Workspace w;
   lay_out(a, scratch, &w);
   for (int64_t head = 0; head < t.heads; ++head) prepare(a, t, of_head(a, w, head), head);
-  const int64_t limit = (t.chunk + 1) * kChunk, length = a.context_lens[t.request];
-  const int64_t end = length < limit ? length : limit;
+  const int64_t limit = (t.chunk + 1) * kChunk;
+  const int64_t end = t.span.context < limit ? t.span.context : limit;
   switch (a.key_cache.dtype) {
     case DType::kFloat32: attend_context<DType::kFloat32>(a, t, w, end); break;
     case DType::kBFloat16: attend_context<DType::kBFloat16>(a, t, w, end); break;
@@ -355,8 +361,9 @@ static void attend(const AttentionArgs& a, const AttentionTask& t, float* scratc
 }
 
 // Adds up the chunks of one kv head in order. `partials` is [chunks, rows, 2 + head_dim].
-static void combine(const AttentionArgs& a, int64_t request, int64_t kv_head, const float* partials, int64_t chunks) {
-  const int64_t rows = a.queries * a.group, stride = 2 + a.head_dim;
+static void combine(
+    const AttentionArgs& a, const QuerySpan& span, int64_t kv_head, const float* partials, int64_t chunks) {
+  const int64_t rows = span.queries * a.group, stride = 2 + a.head_dim;
   for (int64_t row = 0; row < rows; ++row) {
     float maximum = kMinusInfinity, sum = 0.0f, output[256 + kWidth] = {};
     for (int64_t c = 0; c < chunks; ++c) {
@@ -370,7 +377,7 @@ static void combine(const AttentionArgs& a, int64_t request, int64_t kv_head, co
       sum += factor * partial[1];
       for (int64_t d = 0; d < a.head_dim; ++d) output[d] += factor * partial[2 + d];
     }
-    finish_row(a, request, kv_head, row, output, sum);
+    finish_row(a, span, kv_head, row, output, sum);
   }
 }
 

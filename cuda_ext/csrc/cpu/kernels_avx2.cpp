@@ -2,11 +2,21 @@
 #define SLIPSTREAM_ISA avx2
 
 #include "block_attention.h"
+#include "likely.h"
 #include "linear.h"
-#include "rotary.h"
+#include "rows.h"
 
 namespace slipstream {
 const Kernels kAvx2Kernels = {
-    "avx2", avx2::scratch_floats, avx2::attend, avx2::combine, avx2::rotate, avx2::copy, avx2::linear,
+    .name = "avx2",
+    .scratch_floats = avx2::scratch_floats,
+    .attend = avx2::attend,
+    .combine = avx2::combine,
+    .rotate = avx2::rotate,
+    .copy = avx2::copy,
+    .add_and_normalise = avx2::add_and_normalise,
+    .gate = avx2::gate,
+    .likely = avx2::likely,
+    .linear = avx2::linear,
 };
 }  // namespace slipstream

@@ -2,11 +2,21 @@
 #define SLIPSTREAM_ISA avx512
 
 #include "block_attention.h"
+#include "likely.h"
 #include "linear.h"
-#include "rotary.h"
+#include "rows.h"
 
 namespace slipstream {
 const Kernels kAvx512Kernels = {
-    "avx512", avx512::scratch_floats, avx512::attend, avx512::combine, avx512::rotate, avx512::copy, avx512::linear,
+    .name = "avx512",
+    .scratch_floats = avx512::scratch_floats,
+    .attend = avx512::attend,
+    .combine = avx512::combine,
+    .rotate = avx512::rotate,
+    .copy = avx512::copy,
+    .add_and_normalise = avx512::add_and_normalise,
+    .gate = avx512::gate,
+    .likely = avx512::likely,
+    .linear = avx512::linear,
 };
 }  // namespace slipstream

@@ -21,9 +21,11 @@ static constexpr int kMostRows = 4;
 static constexpr int kFewRows = 2;
 #endif
 
-// Walks down one panel. `seek` must be called at multiples of kBlock.
+// Walks down one panel. `seek` must be called at multiples of kBlock; `at` gives the weights of input k + i, where k is
+// a multiple of kTogether and i below it.
 template <WeightFormat format>
 struct Panel {
+  static constexpr int kTogether = 1;
   static constexpr int64_t kSize = format == WeightFormat::kFloat32 ? 4 : format == WeightFormat::kInt8 ? 1 : 2;
   const char* data;
 
@@ -33,7 +35,7 @@ struct Panel {
 
   void seek(int64_t) {}
 
-  inline __attribute__((always_inline)) Vec at(int64_t k, int v) const {
+  inline __attribute__((always_inline)) Vec at(int64_t k, int, int v) const {
     const char* const row = data + (k * kPanel + v * kWidth) * kSize;
     if constexpr (format == WeightFormat::kFloat32) return load(reinterpret_cast<const float*>(row));
     if constexpr (format == WeightFormat::kBFloat16) return widen_bfloat16(reinterpret_cast<const uint16_t*>(row));
@@ -42,10 +44,11 @@ struct Panel {
   }
 };
 
-// Product and sum are rounded one by one, as whoever widens the blocks to float beforehand does: the weights are the
-// very same.
+// The weights are the very numbers that whoever widens the blocks to float beforehand gets. Where he rounds a product and
+// then a sum, one rounding does here: a product of a float16 and a small integer is exact.
 template <>
 struct Panel<WeightFormat::kQ8_0> {
+  static constexpr int kTogether = 1;
   static constexpr int64_t kBytes = kPanel * 2 + kBlock * kPanel;
   const char* data;
   const char* block;
@@ -62,7 +65,7 @@ struct Panel<WeightFormat::kQ8_0> {
     }
   }
 
-  inline __attribute__((always_inline)) Vec at(int64_t k, int v) const {
+  inline __attribute__((always_inline)) Vec at(int64_t k, int, int v) const {
     const char* const row = block + kPanel * 2 + k % kBlock * kPanel + v * kWidth;
     return mul(widen_int8(reinterpret_cast<const int8_t*>(row)), scale[v]);
   }
@@ -70,6 +73,7 @@ struct Panel<WeightFormat::kQ8_0> {
 
 template <>
 struct Panel<WeightFormat::kQ4_1> {
+  static constexpr int kTogether = 2;
   static constexpr int64_t kBytes = kPanel * 4 + kBlock / 2 * kPanel;
   const char* data;
   const char* block;
@@ -87,11 +91,10 @@ struct Panel<WeightFormat::kQ4_1> {
     }
   }
 
-  inline __attribute__((always_inline)) Vec at(int64_t k, int v) const {
+  inline __attribute__((always_inline)) Vec at(int64_t k, int i, int v) const {
     const uint8_t* const row =
         reinterpret_cast<const uint8_t*>(block) + kPanel * 4 + k % kBlock / 2 * kPanel + v * kWidth;
-    const Vec quant = k % 2 ? widen_nibbles<true>(row) : widen_nibbles<false>(row);
-    return add(mul(quant, scale[v]), offset[v]);
+    return fma(i ? widen_nibbles<true>(row) : widen_nibbles<false>(row), scale[v], offset[v]);
   }
 };
 
@@ -120,14 +123,18 @@ SLIPSTREAM_INLINE void multiply_inputs(
     const float* input, int64_t stride, int64_t begin, int64_t end, Panel<format>* panels,
     Vec (&sums)[kRows][kPanels * kPanelVectors]) {
   for (int p = 0; p < kPanels; ++p) panels[p].seek(begin);
-  for (int64_t k = begin; k < end; ++k) {
-    Vec weight[kPanels * kPanelVectors];
-    for (int p = 0; p < kPanels; ++p) {
-      for (int v = 0; v < kPanelVectors; ++v) weight[p * kPanelVectors + v] = panels[p].at(k, v);
-    }
-    for (int r = 0; r < kRows; ++r) {
-      const Vec x = broadcast(input[r * stride + k]);
-      for (int v = 0; v < kPanels * kPanelVectors; ++v) sums[r][v] = fma(x, weight[v], sums[r][v]);
+  constexpr int kTogether = Panel<format>::kTogether;
+  for (int64_t k = begin; k < end; k += kTogether) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kTogether; ++i) {
+      Vec weight[kPanels * kPanelVectors];
+      for (int p = 0; p < kPanels; ++p) {
+        for (int v = 0; v < kPanelVectors; ++v) weight[p * kPanelVectors + v] = panels[p].at(k, i, v);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const Vec x = broadcast(input[r * stride + k + i]);
+        for (int v = 0; v < kPanels * kPanelVectors; ++v) sums[r][v] = fma(x, weight[v], sums[r][v]);
+      }
     }
   }
 }
@@ -194,10 +201,13 @@ static void run_panels(const LinearArgs& a, int64_t first) {
       // Widened once for all rows.
       alignas(64) float wide[kPanels * kInputs * kPanel];
       for (int p = 0; p < kPanels; ++p) {
-        for (int64_t k = begin; k < end; ++k) {
+        for (int64_t k = begin; k < end; k += Panel<format>::kTogether) {
           if (k % kBlock == 0) panels[p].seek(k);
-          for (int v = 0; v < kPanelVectors; ++v) {
-            store(wide + (p * kInputs + k - begin) * kPanel + v * kWidth, panels[p].at(k, v));
+#pragma GCC unroll 2
+          for (int i = 0; i < Panel<format>::kTogether; ++i) {
+            for (int v = 0; v < kPanelVectors; ++v) {
+              store(wide + (p * kInputs + k + i - begin) * kPanel + v * kWidth, panels[p].at(k, i, v));
+            }
           }
         }
       }

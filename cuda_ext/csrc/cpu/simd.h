@@ -51,11 +51,13 @@ SLIPSTREAM_INLINE Vec widen_float16(const uint16_t* p) {
 SLIPSTREAM_INLINE Vec widen_int8(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
-// The low or the high halves of bytes.
+// The low or the high halves of bytes. A permutation looks at four bits of an index only, so it finds the number that
+// they stand for without a mask and without a conversion.
 template <bool high>
 SLIPSTREAM_INLINE Vec widen_nibbles(const uint8_t* p) {
   const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  return _mm512_cvtepi32_ps(high ? _mm512_srli_epi32(wide, 4) : _mm512_and_si512(wide, _mm512_set1_epi32(15)));
+  const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_permutexvar_ps(high ? _mm512_srli_epi32(wide, 4) : wide, numbers);
 }
 
 // Sixteen rows of sixteen to sixteen columns: target[i * stride + j] = rows[j][i].
