@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from bench.kernel_report import KernelShape
 
-__all__ = ["Batch", "BufferedAttention", "PlainAttention", "make_batch"]
+__all__ = ["Batch", "BufferedAttention", "PlainAttention", "grouped_attention", "make_batch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,27 @@ def make_batch(shape: KernelShape, context: int, requests: int) -> Batch:
     )
 
 
+def grouped_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """SDPA in which the heads that share keys are queries of one head, so that no key is repeated.
+
+    Args:
+        query: ``[requests, slots, heads, head_dim]``.
+        key, value: ``[requests, kv_heads, length, head_dim]``.
+        mask: ``[group * slots, length]`` bool, the same for every head of a group.
+        scale: factor on the dot products.
+
+    Returns:
+        ``[requests, slots, heads, head_dim]``.
+    """
+    slots, kv_heads = query.shape[1], key.shape[1]
+    # [requests, kv_heads, group * slots, head_dim]
+    folded = query.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
+    return torch.reshape(output.unflatten(2, (-1, slots)).permute(0, 3, 1, 2, 4), query.shape)
+
+
 class PlainAttention:
     """As one would write it: index the caches with the block table, append the block, attend."""
 
@@ -67,33 +88,28 @@ class PlainAttention:
 
 class BufferedAttention:
     """As fast as it gets without a kernel: pages are copied once, into buffers that are kept from call to call, and
-    the heads that share keys are queries of one head, so that no key is repeated.
+    no key is repeated.
     """
 
     def __init__(self, batch: Batch, shape: KernelShape):
-        self._batch, self._group = batch, shape.heads // shape.kv_heads
+        self._batch = batch
         requests, context = len(batch.query), batch.mask.shape[1] - shape.slots
         self._width = shape.pages(context)
         pages = self._width + shape.pages(shape.slots)
         size = (requests, pages, shape.page_size, shape.kv_heads, shape.head_dim)
         self._buffers = [torch.zeros(size, dtype=batch.query.dtype) for _ in range(2)]
-        self._mask = batch.mask.repeat(self._group, 1)
+        self._mask = batch.mask.repeat(shape.heads // shape.kv_heads, 1)
 
     def __call__(self, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """See ``PlainAttention``."""
         batch = self._batch
-        requests, slots, heads, head_dim = batch.query.shape
         key, value = (
             self._gathered(buffer, pages, block, table)
             for buffer, pages, block in zip(
                 self._buffers, (keys, values), (batch.block_key, batch.block_value), strict=True
             )
         )
-        # [requests, kv_heads, group * slots, head_dim]
-        query = batch.query.unflatten(2, (-1, self._group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=self._mask, scale=batch.scale)
-        output = output.unflatten(2, (self._group, slots)).permute(0, 3, 1, 2, 4)
-        return torch.reshape(output, (requests, slots, heads, head_dim))
+        return grouped_attention(batch.query, key, value, self._mask, batch.scale)
 
     def _gathered(
         self, buffer: torch.Tensor, pages: torch.Tensor, block: torch.Tensor, table: torch.Tensor

@@ -1,20 +1,35 @@
 """Timing the attention operator in alternation with what it replaces, and the memory that bounds them all."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from functools import partial
 from itertools import cycle
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
 from bench.errors import BenchError
 from bench.kernel_baselines import Batch, BufferedAttention, PlainAttention, make_batch
 from bench.kernel_report import Comparison, KernelRow, KernelShape
+from bench.machine import describe_machine
 from cuda_ext import ops
 
-__all__ = ["Clock", "PagePool", "alternate", "compare", "measure_case", "read_bandwidth", "threads"]
+__all__ = [
+    "Clock",
+    "PagePool",
+    "alternate",
+    "alternating_rounds",
+    "common_facts",
+    "compare",
+    "measure_case",
+    "read_bandwidth",
+    "threads",
+]
 
 Clock = Callable[[], float]
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -33,6 +48,28 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def common_facts(repeats: int, bandwidth: float, cache_bytes: int | None) -> dict[str, Any]:
+    """The attributes of a ``CommonReport`` of which no case has been measured.
+
+    Args:
+        repeats: runs of each in each case.
+        bandwidth: of the memory, bytes per second.
+        cache_bytes: what the outermost caches hold, if known.
+    """
+    return {
+        "complete": False,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": (Path(sys.argv[0]).name, *sys.argv[1:]),
+        "machine": describe_machine(),
+        "operator": ops.kernels().cpu,
+        "operator_compiled": ops.kernels().cpu_compiled,
+        "threads": torch.get_num_threads(),
+        "repeats": repeats,
+        "memory_gb_per_second": bandwidth / 1e9,
+        "cache_bytes": cache_bytes,
+    }
 
 
 def read_bandwidth(size: int = 512 * 2**20, repeats: int = 7, clock: Clock = time.perf_counter) -> float:
@@ -159,16 +196,21 @@ def _attend_to_next(attend: Attention, pool: PagePool, tables: Iterator[torch.Te
     return attend(pool.keys, pool.values, next(tables))
 
 
-def alternate(sides: Sequence[Callable[[], object]], repeats: int, clock: Clock) -> list[list[float]]:
-    """Seconds of each side's runs, in the order of the repeats. Who goes first changes from repeat to repeat."""
-    seconds: list[list[float]] = [[] for _ in sides]
+def alternating_rounds(sides: Sequence[Callable[[], object]], repeats: int, clock: Clock) -> Iterator[list[float]]:
+    """Run every side once a round; seconds of each, by round. Who goes first changes from round to round."""
     for repeat in range(repeats):
+        seconds = [0.0] * len(sides)
         for index in range(len(sides)):
             side = (repeat + index) % len(sides)
             began = clock()
             sides[side]()
-            seconds[side].append(clock() - began)
-    return seconds
+            seconds[side] = clock() - began
+        yield seconds
+
+
+def alternate(sides: Sequence[Callable[[], object]], repeats: int, clock: Clock) -> list[list[float]]:
+    """Seconds of each side's runs, in the order of the repeats; see ``alternating_rounds``."""
+    return [list(seconds) for seconds in zip(*alternating_rounds(sides, repeats, clock), strict=True)]
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float]) -> Comparison:

@@ -1,7 +1,8 @@
 """The report of ``slipstream bench-kernels``: a JSON file with a public schema, and the same as text.
 
 The file holds one object, ``KernelReport``; every attribute is a key of the same name. It is written again after every
-case, always whole. Times are in seconds, 1 GB is 10^9 bytes.
+case, always whole. Times are in seconds, 1 GB is 10^9 bytes. What the other kernels' reports share with it is
+``CommonReport``.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from bench.machine import Machine
 from bench.terminal import align_columns
 
 __all__ = [
+    "CommonReport",
     "Comparison",
     "KernelReport",
     "KernelRow",
@@ -21,7 +23,7 @@ __all__ = [
     "machine_line",
     "operator_line",
     "render_report",
-    "write_kernel_report",
+    "write_report",
 ]
 
 SCHEMA_VERSION = 1
@@ -108,8 +110,8 @@ class LeftOut:
 
 
 @dataclass(frozen=True, slots=True)
-class KernelReport:
-    """A whole report.
+class CommonReport:
+    """What the reports of all kernels say.
 
     Attributes:
         complete: all cases were measured or are among those left out.
@@ -118,12 +120,10 @@ class KernelReport:
         machine: what it was measured on.
         operator: what runs the operator on the CPU.
         operator_compiled: ``false`` where the operator is its PyTorch definition, which is not meant to be fast.
-        shape: what all cases share.
         threads: that torch was given.
         repeats: runs of each in each case.
         memory_gb_per_second: read by summing up a buffer that fits into no cache, best of several runs.
         cache_bytes: of the outermost caches; ``null`` where unknown.
-        rows, left_out: the cases.
     """
 
     complete: bool
@@ -132,20 +132,32 @@ class KernelReport:
     machine: Machine
     operator: str
     operator_compiled: bool
-    shape: KernelShape
     threads: int
     repeats: int
     memory_gb_per_second: float
     cache_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class KernelReport(CommonReport):
+    """The report of the attention operator.
+
+    Attributes:
+        shape: what all cases share.
+        rows, left_out: the cases.
+    """
+
+    shape: KernelShape
     rows: tuple[KernelRow, ...]
     left_out: tuple[LeftOut, ...]
     schema_version: int = SCHEMA_VERSION
 
 
-def write_kernel_report(report: KernelReport, path: Path) -> None:
-    """Write a report in one step; raises ``BenchError`` where that is not possible."""
+def write_report(report: CommonReport, path: Path) -> None:
+    """Write a kernel's report in one step; raises ``BenchError`` where that is not possible."""
     plain = asdict(report)
-    write_json({"schema_version": plain.pop("schema_version"), **plain}, path)
+    first = [key for key in ("schema_version", "kernel") if key in plain]
+    write_json({key: plain[key] for key in dict.fromkeys([*first, *plain])}, path)
 
 
 def render_report(report: KernelReport) -> str:

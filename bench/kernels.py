@@ -1,28 +1,31 @@
 """The ``slipstream bench-kernels`` command: the CPU's operators beside what they replace.
 
-The attention operator beside gathering the pages and SDPA is measured here, linear layers in ``linear_kernels``.
+The attention operator beside gathering the pages and SDPA is measured here, linear layers in ``linear_kernels``, whole
+decoder layers in ``layer_kernels``.
 """
 
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from bench.arguments import check_positive, output_file, whole_numbers
 from bench.errors import BenchError
-from bench.kernel_report import KernelReport, KernelShape, LeftOut, render_report, write_kernel_report
+from bench.kernel_report import KernelReport, KernelShape, LeftOut, render_report, write_report
+from bench.layer_kernels import DEFAULTS as LAYER_DEFAULTS
+from bench.layer_kernels import add_arguments as add_layer_arguments
+from bench.layer_kernels import measure as measure_layer
+from bench.layer_report import render_layer_report
 from bench.linear_kernels import DEFAULTS as LINEAR_DEFAULTS
 from bench.linear_kernels import add_arguments as add_linear_arguments
 from bench.linear_kernels import measure as measure_linear
 from bench.linear_report import render_linear_report
-from bench.machine import describe_machine, last_level_cache_bytes
+from bench.machine import last_level_cache_bytes
 
 __all__ = ["add_arguments", "run"]
 
 _MISTAKE = 2
-_KERNELS = ("attention", "linear")
 _DTYPES = ("float32", "bfloat16", "float16")
 _USUAL_CACHE_BYTES = 64 * 2**20
 """Taken where the system does not say how large its caches are."""
@@ -37,13 +40,19 @@ _ATTENTION_DEFAULTS: dict[str, str | int] = {
     "page_size": 32,
     "dtype": "float32",
 }
-_DEFAULTS: dict[str, Mapping[str, str | int]] = {"attention": _ATTENTION_DEFAULTS, "linear": LINEAR_DEFAULTS}
-"""Of the flags that go with one kernel only."""
+_DEFAULTS: dict[str, Mapping[str, object]] = {
+    "attention": _ATTENTION_DEFAULTS,
+    "linear": LINEAR_DEFAULTS,
+    "layer": LAYER_DEFAULTS | {"page_size": _ATTENTION_DEFAULTS["page_size"]},
+}
+"""Of the flags that do not go with every kernel, by the kernels that they go with."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
-    parser.add_argument("--kernel", choices=_KERNELS, default=_KERNELS[0], help="what to measure; default %(default)s")
+    parser.add_argument(
+        "--kernel", choices=list(_DEFAULTS), default="attention", help="what to measure; default %(default)s"
+    )
     group = parser.add_argument_group("attention", "the default drafter's, unless told otherwise")
     for name, text, letters in (
         ("contexts", "tokens before each block", "N,M"),
@@ -62,11 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=_DTYPES, default=_ATTENTION_DEFAULTS["dtype"], help="of everything; default %(default)s"
     )
     add_linear_arguments(parser)
+    add_layer_arguments(parser)
     how = parser.add_argument_group("measurement")
     how.add_argument(
         "--max-gib",
         type=float,
-        default=2.0,
+        default=3.0,
         metavar="GIB",
         help="memory for pages or weights; cases that need more are left out; default %(default)g",
     )
@@ -91,10 +101,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> str:
     """Check the flags that all kernels share, measure, and render."""
-    for kernel, defaults in _DEFAULTS.items():
-        for name, default in defaults.items():
-            if kernel != args.kernel and getattr(args, name) != default:
-                raise BenchError(f"{_flag(name)} goes with --kernel {kernel}, not with --kernel {args.kernel}")
+    for name, default in (flag for defaults in _DEFAULTS.values() for flag in defaults.items()):
+        kernels = [kernel for kernel, defaults in _DEFAULTS.items() if name in defaults]
+        if args.kernel not in kernels and getattr(args, name) != default:
+            raise BenchError(
+                f"{_flag(name)} goes with --kernel {' or '.join(kernels)}, not with --kernel {args.kernel}"
+            )
     check_positive("repeats", args.repeats)
     check_positive("max_gib", args.max_gib)
     if args.threads is not None:
@@ -102,6 +114,8 @@ def _report(args: argparse.Namespace) -> str:
     path = output_file(args.json) if args.json else None
     if args.kernel == "linear":
         return render_linear_report(measure_linear(args, path, last_level_cache_bytes(), _USUAL_CACHE_BYTES))
+    if args.kernel == "layer":
+        return render_layer_report(measure_layer(args, path, last_level_cache_bytes(), _USUAL_CACHE_BYTES))
     return render_report(_measure(args, path))
 
 
@@ -118,24 +132,14 @@ def _measure(args: argparse.Namespace, path: Path | None) -> KernelReport:
 
     import torch
 
-    from bench.kernel_cases import PagePool, measure_case, read_bandwidth, threads
-    from cuda_ext import ops
+    from bench.kernel_cases import PagePool, common_facts, measure_case, read_bandwidth, threads
 
     with threads(args.threads or torch.get_num_threads()):
         print("measuring the memory", file=sys.stderr, flush=True)
         bandwidth = read_bandwidth()
         report = KernelReport(
-            complete=False,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            command=(Path(sys.argv[0]).name, *sys.argv[1:]),
-            machine=describe_machine(),
-            operator=ops.kernels().cpu,
-            operator_compiled=ops.kernels().cpu_compiled,
+            **common_facts(args.repeats, bandwidth, cache_bytes),
             shape=shape,
-            threads=torch.get_num_threads(),
-            repeats=args.repeats,
-            memory_gb_per_second=bandwidth / 1e9,
-            cache_bytes=cache_bytes,
             rows=(),
             left_out=tuple(left_out),
         )
@@ -145,7 +149,7 @@ def _measure(args: argparse.Namespace, path: Path | None) -> KernelReport:
             row = measure_case(shape, context, count, pool, args.repeats, bandwidth)
             report = replace(report, rows=(*report.rows, row), complete=number == len(cases))
             if path:
-                write_kernel_report(report, path)
+                write_report(report, path)
     return report
 
 

@@ -12,16 +12,23 @@ import torch.nn.functional as F
 
 from bench.errors import BenchError
 from bench.kernel_cases import Clock, alternate, compare
-from bench.linear_products import Product, operator_product, weight_bytes
+from bench.linear_products import Product, held_bytes, operator_product, weight_bytes
 from bench.linear_report import FormatTime, LibraryTime, LinearRow, Peak, WeightShape
 from cuda_ext.linear import WeightFormat
 
-__all__ = ["Sides", "Weights", "measure_peak"]
+__all__ = [
+    "Sides",
+    "Weights",
+    "checked_difference",
+    "measure_peak",
+    "product_difference",
+    "random_matrix",
+    "rate_facts",
+]
 
 _TOLERANCE = 1e-4
 """What results may differ by, over the largest: float32 sums in another order."""
 
-_HUGE_PAGE = 2 * 2**20
 _PEAK_ROWS, _PEAK_INPUTS, _PEAK_OUTPUTS = 64, 512, 128
 
 
@@ -84,7 +91,7 @@ class Sides:
 
     def memory_bytes(self, shape: WeightShape) -> int:
         """All copies, each in whole huge pages, and the float32 numbers that they are made from."""
-        one = sum(-(-weight_bytes(side.format, shape) // _HUGE_PAGE) * _HUGE_PAGE for side in self.all)
+        one = sum(held_bytes(side.format, shape) for side in self.all)
         return self.copies(shape) * one + 3 * 4 * shape.numbers
 
     def weights(self, shape: WeightShape, seed: int = 0) -> "Weights":
@@ -100,7 +107,7 @@ class Weights:
         self._prepared: Mapping[str, list[Any]] = {side.name: [] for side in sides.all}
         generator = torch.Generator().manual_seed(seed)
         for _ in range(sides.copies(shape)):
-            weight = torch.randn(shape.out_features, shape.in_features, generator=generator) * shape.in_features**-0.5
+            weight = random_matrix(shape, generator)
             for side in sides.all:
                 self._prepared[side.name].append(side.prepare(weight))
         self._last = weight
@@ -121,7 +128,7 @@ class Weights:
         for side in self._sides.all:
             prepared = self._prepared[side.name][-1]
             numbers = side.numbers(self._last, prepared)
-            found[side.name] = max(_difference(side, rows, prepared, numbers) for rows in cases)
+            found[side.name] = max(product_difference(side, rows, prepared, numbers) for rows in cases)
         return found
 
     def measure(
@@ -178,14 +185,9 @@ class Weights:
         seconds, size = median(ours), weight_bytes(operator.format, self._shape)
         return FormatTime(
             format=operator.name,
-            seconds=seconds,
             best_library=compare(ours, theirs),
-            weight_bytes=size,
-            gb_per_second=size / seconds / 1e9,
-            bandwidth_share=size / seconds / bandwidth,
-            gflops=flops / seconds / 1e9,
-            peak_share=flops / seconds / 1e9 / peak.gflops,
             largest_difference=difference,
+            **rate_facts(seconds, size, flops, bandwidth, peak),
         )
 
     def _runs(self, side: Product, rows: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -197,16 +199,65 @@ class Weights:
         return torch.randn(count, self._shape.in_features, generator=torch.Generator().manual_seed(count))
 
 
-def _difference(side: Product, rows: torch.Tensor, prepared: Any, numbers: torch.Tensor) -> float:
+def random_matrix(shape: WeightShape, generator: torch.Generator) -> torch.Tensor:
+    """A weight whose products with inputs of about one are of about one."""
+    return torch.randn(shape.out_features, shape.in_features, generator=generator).mul_(shape.in_features**-0.5)
+
+
+def rate_facts(seconds: float, weight_bytes: int, flops: int, bandwidth: float, peak: Peak) -> dict[str, Any]:
+    """The attributes of ``Rates``.
+
+    Args:
+        seconds: median of the runs.
+        weight_bytes: that one run has to read.
+        flops: products and sums of one run.
+        bandwidth: of the memory, bytes per second.
+        peak: of the arithmetic.
+    """
+    return {
+        "seconds": seconds,
+        "weight_bytes": weight_bytes,
+        "gb_per_second": weight_bytes / seconds / 1e9,
+        "bandwidth_share": weight_bytes / seconds / bandwidth,
+        "gflops": flops / seconds / 1e9,
+        "peak_share": flops / seconds / 1e9 / peak.gflops,
+    }
+
+
+def product_difference(side: Product, rows: torch.Tensor, prepared: Any, numbers: torch.Tensor) -> float:
+    """How far a side's product of ``rows`` is from PyTorch's with the weight's ``numbers``; see there."""
+    return checked_difference(
+        side.name,
+        "F.linear on the same numbers",
+        f"{len(rows)} rows",
+        partial(side.multiply, rows, prepared),
+        partial(F.linear, rows, numbers),
+    )
+
+
+def checked_difference(
+    name: str, other: str, size: str, ours: Callable[[], torch.Tensor], expected: Callable[[], torch.Tensor]
+) -> float:
+    """Largest difference of two results, over the largest of the second.
+
+    Args:
+        name, other: whose results they are.
+        size: of the case.
+        ours: runs first.
+        expected: runs then.
+
+    Raises:
+        BenchError: ours refuses the shape, or the results differ by more than another order of the sums explains.
+    """
     try:
-        result = side.multiply(rows, prepared)
+        result = ours()
     except RuntimeError as error:
-        raise BenchError(f"{side.name} refuses this shape: {str(error).splitlines()[0]}") from error
-    expected = F.linear(rows, numbers)
-    difference = float((result - expected).abs().max() / expected.abs().max())
+        raise BenchError(f"{name} refuses this shape: {str(error).splitlines()[0]}") from error
+    right = expected()
+    difference = float((result - right).abs().max() / right.abs().max())
     if not difference <= _TOLERANCE:
         raise BenchError(
-            f"{side.name} and F.linear on the same numbers differ by {difference:.2g} of the largest result with "
-            f"{len(rows)} rows, expected at most {_TOLERANCE:.2g}"
+            f"{name} and {other} differ by {difference:.2g} of the largest result with {size}, expected at most "
+            f"{_TOLERANCE:.2g}"
         )
     return difference

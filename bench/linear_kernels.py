@@ -4,27 +4,18 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.arguments import whole_numbers
 from bench.errors import BenchError
-from bench.linear_report import (
-    LeftOutShape,
-    LinearReport,
-    LinearRow,
-    MissingLibrary,
-    Peak,
-    WeightShape,
-    write_linear_report,
-)
-from bench.machine import describe_machine
+from bench.kernel_report import write_report
+from bench.linear_report import LeftOutShape, LinearReport, LinearRow, Peak, WeightShape
 
 if TYPE_CHECKING:
     from bench.linear_cases import Sides
 
-__all__ = ["DEFAULTS", "add_arguments", "measure"]
+__all__ = ["DEFAULTS", "add_arguments", "check_blocks", "measure", "weight_formats"]
 
 # Weights of the default target, its layers stacked as vLLM stacks them, and one of a larger model.
 _SHAPES = "960x576,576x576,3072x576,576x1536,49152x576,8192x2048"
@@ -33,18 +24,20 @@ _FORMATS = "float32,bfloat16,float16,int8,q8_0,q4_1"
 _BLOCKED = {"q8_0": 32, "q4_1": 32}
 """Formats of which a row is blocks of so many numbers."""
 
-DEFAULTS = {"shapes": _SHAPES, "rows": _ROWS, "formats": _FORMATS}
+DEFAULTS = {"shapes": _SHAPES, "rows": _ROWS, "formats": None}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of ``--kernel linear`` alone."""
+    """Add the flags of ``--kernel linear``."""
     group = parser.add_argument_group("linear layers")
     for name, text, letters in (
         ("shapes", "weights, outputs x inputs; default those of the default target and one more:", "NxK,NxK"),
         ("rows", "rows that are multiplied; default", "N,M"),
-        ("formats", "the operator's formats of the weights; default", "NAME,NAME"),
     ):
         group.add_argument(f"--{name}", default=DEFAULTS[name], metavar=letters, help=f"{text} %(default)s")
+    group.add_argument(
+        "--formats", metavar="NAME,NAME", help=f"the operator's formats of the weights; default {_FORMATS}"
+    )
 
 
 def measure(args: argparse.Namespace, path: Path | None, cache_bytes: int | None, usual_bytes: int) -> LinearReport:
@@ -60,11 +53,13 @@ def measure(args: argparse.Namespace, path: Path | None, cache_bytes: int | None
         BenchError: something about the flags is wrong, or results are.
     """
     shapes, row_counts = _shapes(args.shapes), whole_numbers("--rows", args.rows)
-    formats = _formats(args.formats, shapes)
+    formats = weight_formats(_FORMATS if args.formats is None else args.formats)
+    for shape in shapes:
+        check_blocks(formats, shape, f"--shapes {shape}")
 
     import torch
 
-    from bench.kernel_cases import read_bandwidth, threads
+    from bench.kernel_cases import common_facts, read_bandwidth, threads
     from bench.linear_cases import Sides, measure_peak
     from bench.linear_products import find_libraries
 
@@ -74,12 +69,18 @@ def measure(args: argparse.Namespace, path: Path | None, cache_bytes: int | None
     with threads(args.threads or torch.get_num_threads()), torch.inference_mode():
         print("measuring the memory and the arithmetic", file=sys.stderr, flush=True)
         bandwidth, peak = read_bandwidth(), measure_peak()
-        report = _empty_report(args.repeats, bandwidth, peak, cache_bytes, left_out, missing)
+        report = LinearReport(
+            **common_facts(args.repeats, bandwidth, cache_bytes),
+            peak=peak,
+            rows=(),
+            left_out=tuple(left_out),
+            missing_libraries=tuple(missing),
+        )
         total = len(shapes) * len(row_counts)
         for row in _measured(sides, shapes, row_counts, args.repeats, bandwidth, peak):
             report = replace(report, rows=(*report.rows, row), complete=len(report.rows) + 1 == total)
             if path:
-                write_linear_report(report, path)
+                write_report(report, path)
     return report
 
 
@@ -101,36 +102,6 @@ def _measured(
             print(f"[{number}/{total}]  {shape}, {rows} row{'s' if rows > 1 else ''}", file=sys.stderr, flush=True)
             yield weights.measure(rows, repeats, bandwidth, peak, differences)
         del weights  # before those of the next shape are made
-
-
-def _empty_report(
-    repeats: int,
-    bandwidth: float,
-    peak: Peak,
-    cache_bytes: int | None,
-    left_out: Sequence[LeftOutShape],
-    missing: Sequence[MissingLibrary],
-) -> LinearReport:
-    import torch
-
-    from cuda_ext import ops
-
-    return LinearReport(
-        complete=False,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=(Path(sys.argv[0]).name, *sys.argv[1:]),
-        machine=describe_machine(),
-        operator=ops.kernels().cpu,
-        operator_compiled=ops.kernels().cpu_compiled,
-        threads=torch.get_num_threads(),
-        repeats=repeats,
-        memory_gb_per_second=bandwidth / 1e9,
-        peak=peak,
-        cache_bytes=cache_bytes,
-        rows=(),
-        left_out=tuple(left_out),
-        missing_libraries=tuple(missing),
-    )
 
 
 def _fitting(
@@ -161,16 +132,27 @@ def _shapes(text: str) -> Sequence[WeightShape]:
     return shapes
 
 
-def _formats(text: str, shapes: Sequence[WeightShape]) -> Sequence[str]:
+def weight_formats(text: str) -> Sequence[str]:
+    """The formats of a comma-separated list, none twice."""
     formats = [part.strip() for part in text.split(",")]
     if unknown := [name for name in formats if name not in _FORMATS.split(",")]:
         raise BenchError(f'--formats {text}: "{unknown[0]}" is none of {_FORMATS.replace(",", ", ")}')
     if len(set(formats)) < len(formats):
         raise BenchError(f"--formats {text}: a format is given twice")
-    for name, shape in ((name, shape) for name in formats for shape in shapes):
+    return formats
+
+
+def check_blocks(formats: Sequence[str], shape: WeightShape, origin: str) -> None:
+    """Refuse a weight whose rows are no whole blocks of a format.
+
+    Args:
+        formats: their names.
+        shape: of the weight.
+        origin: what the user gave that says so.
+    """
+    for name in formats:
         if name in _BLOCKED and shape.in_features % _BLOCKED[name]:
             raise BenchError(
-                f"--shapes {shape} with --formats {name}: inputs are {shape.in_features}, expected a multiple of "
+                f"{origin} with --formats {name}: inputs are {shape.in_features}, expected a multiple of "
                 f"{_BLOCKED[name]}"
             )
-    return formats

@@ -11,7 +11,9 @@ from bench.linear_report import MissingLibrary, WeightShape
 from cuda_ext import ops
 from cuda_ext.linear import BLOCK, PANEL, PackedWeight, WeightFormat, pack, pack_blocks, unpack
 
-__all__ = ["Product", "find_libraries", "operator_product", "weight_bytes"]
+__all__ = ["Product", "find_libraries", "held_bytes", "operator_product", "weight_bytes"]
+
+_HUGE_PAGE = 2 * 2**20
 
 # Bytes of 32 numbers of one output.
 _BYTES = {
@@ -22,8 +24,11 @@ _BYTES = {
     WeightFormat.Q8_0: 2 + BLOCK,
     WeightFormat.Q4_1: 4 + BLOCK // 2,
 }
-# 16-bit numbers in front of the blocks of 32 numbers.
-_HALVES = {WeightFormat.Q8_0: 1, WeightFormat.Q4_1: 2}
+# What stands in 16 bits each in front of a block of 32 numbers, over its scale: that, and an offset which here makes
+# random numbers balanced.
+_HEADS = {WeightFormat.Q8_0: (1.0,), WeightFormat.Q4_1: (1.0, -7.5)}
+# Standard deviation of the whole numbers in random blocks.
+_SPREADS = {WeightFormat.Q8_0: 74.0, WeightFormat.Q4_1: 4.6}
 
 
 class Product(Protocol):
@@ -52,9 +57,14 @@ def weight_bytes(format: WeightFormat, shape: WeightShape) -> int:
     return -(-shape.out_features // PANEL) * PANEL * shape.in_features * _BYTES[format] // BLOCK
 
 
+def held_bytes(format: WeightFormat, shape: WeightShape) -> int:
+    """Bytes of a weight in whole huge pages, which is what it takes up."""
+    return -(-weight_bytes(format, shape) // _HUGE_PAGE) * _HUGE_PAGE
+
+
 def operator_product(format: WeightFormat) -> Product:
     """The operator with weights of one format."""
-    return _BlockedOperator(format) if format in _HALVES else _Operator(format)
+    return _BlockedOperator(format) if format in _HEADS else _Operator(format)
 
 
 class _Operator:
@@ -76,7 +86,7 @@ class _Operator:
 
 
 class _BlockedOperator(_Operator):
-    """With blocks of random numbers: what is in them makes no difference to the time."""
+    """With blocks of random numbers, about as large as the weight's usually are: which ones makes no difference."""
 
     def __init__(self, format: WeightFormat, seed: int = 0):
         super().__init__(format)
@@ -84,11 +94,11 @@ class _BlockedOperator(_Operator):
 
     def prepare(self, weight: torch.Tensor) -> PackedWeight:
         out, inputs = weight.shape
-        head = 2 * _HALVES[self.format]
+        head = torch.tensor(_HEADS[self.format])
         shape = (out, inputs // BLOCK)
         blocks = torch.randint(0, 256, (*shape, _BYTES[self.format]), dtype=torch.uint8, generator=self._generator)
-        scales = 0.01 * torch.rand(*shape, head // 2, generator=self._generator)
-        blocks[..., :head] = scales.half().view(torch.uint8)
+        scales = (0.5 + torch.rand(*shape, 1, generator=self._generator)) * inputs**-0.5 / _SPREADS[self.format]
+        blocks[..., : 2 * len(head)] = (scales * head).half().view(torch.uint8)
         return pack_blocks(blocks.flatten(1), self.format)
 
 

@@ -5,15 +5,13 @@ case, always whole. Times are in seconds, 1 GB is 10^9 bytes, 1 GF are 10^9 prod
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
-from bench.json_file import write_json
-from bench.kernel_report import Comparison, machine_line, operator_line
-from bench.machine import Machine
+from bench.kernel_report import CommonReport, Comparison, machine_line, operator_line
 from bench.terminal import align_columns
 
 __all__ = [
+    "RATES_HEADER",
     "FormatTime",
     "LeftOutShape",
     "LibraryTime",
@@ -21,16 +19,20 @@ __all__ = [
     "LinearRow",
     "MissingLibrary",
     "Peak",
+    "Rates",
     "WeightShape",
+    "bounds_line",
+    "milliseconds",
+    "rate_cells",
     "render_linear_report",
-    "write_linear_report",
 ]
 
 SCHEMA_VERSION = 1
+RATES_HEADER = ("GB/s", "of memory", "GF/s", "of peak")
 
 _HEADER = (
     *("weight", "rows", "format", "operator, ms", "best library", "its ms", "faster by"),
-    *("GB/s", "of memory", "GF/s", "of peak"),
+    *RATES_HEADER,
 )
 
 
@@ -72,28 +74,37 @@ class LibraryTime:
 
 
 @dataclass(frozen=True, slots=True)
-class FormatTime:
-    """The operator's product with the weight in one format.
+class Rates:
+    """How long something takes, and what it gets out of the machine.
 
     Attributes:
         seconds: median of its runs.
-        best_library: beside the library with the smallest median.
         weight_bytes: that one run has to read.
         gb_per_second: of these bytes.
         bandwidth_share: that, over what the memory gives in a plain sum with as many threads.
-        gflops: products and sums, however many more widening the weight takes.
+        gflops: products and sums, however many more widening the weights takes.
         peak_share: that, over the report's ``peak``.
-        largest_difference: to PyTorch's product with the same numbers, over the largest result.
     """
 
-    format: str
     seconds: float
-    best_library: Comparison
     weight_bytes: int
     gb_per_second: float
     bandwidth_share: float
     gflops: float
     peak_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class FormatTime(Rates):
+    """The operator's product with the weight in one format.
+
+    Attributes:
+        best_library: beside the library with the smallest median.
+        largest_difference: to PyTorch's product with the same numbers, over the largest result.
+    """
+
+    format: str
+    best_library: Comparison
     largest_difference: float
 
 
@@ -125,36 +136,16 @@ class LeftOutShape:
 
 
 @dataclass(frozen=True, slots=True)
-class LinearReport:
+class LinearReport(CommonReport):
     """A whole report.
 
     Attributes:
-        complete: all cases were measured or are among those left out.
-        created: when the measurement was started, UTC, ISO 8601.
-        command: the command line that made it.
-        machine: what it was measured on.
-        operator: what runs the operator on the CPU.
-        operator_compiled: ``false`` where the operator is its PyTorch definition, which is not meant to be fast.
-        threads: that torch was given.
-        repeats: runs of each in each case.
-        memory_gb_per_second: read by summing up a buffer that fits into no cache, best of several runs.
         peak: of float32 arithmetic.
-        cache_bytes: of the outermost caches; ``null`` where unknown.
         rows, left_out: the cases.
         missing_libraries: what could not be measured beside the operator.
     """
 
-    complete: bool
-    created: str
-    command: tuple[str, ...]
-    machine: Machine
-    operator: str
-    operator_compiled: bool
-    threads: int
-    repeats: int
-    memory_gb_per_second: float
     peak: Peak
-    cache_bytes: int | None
     rows: tuple[LinearRow, ...]
     left_out: tuple[LeftOutShape, ...]
     missing_libraries: tuple[MissingLibrary, ...]
@@ -162,21 +153,34 @@ class LinearReport:
     schema_version: int = SCHEMA_VERSION
 
 
-def write_linear_report(report: LinearReport, path: Path) -> None:
-    """Write a report in one step; raises ``BenchError`` where that is not possible."""
-    plain = asdict(report)
-    first = {key: plain.pop(key) for key in ("schema_version", "kernel")}
-    write_json({**first, **plain}, path)
-
-
 def render_linear_report(report: LinearReport) -> str:
     """The report as lines of text: what was measured, and the rows as a table with a line for each format."""
     return "\n".join(_lines(report))
 
 
+def bounds_line(report: CommonReport, peak: Peak) -> str:
+    """What a report was measured on, and what bounds products there."""
+    arithmetic = f", {peak.gflops:.0f} GF/s in {peak.source}"
+    return machine_line(report.machine, report.threads, report.memory_gb_per_second, arithmetic)
+
+
+def milliseconds(seconds: float) -> str:
+    """Cell of a time."""
+    return f"{1000 * seconds:.3f}"
+
+
+def rate_cells(rates: Rates) -> tuple[str, ...]:
+    """Cells below ``RATES_HEADER``."""
+    return (
+        f"{rates.gb_per_second:.2f}",
+        f"{rates.bandwidth_share:.0%}",
+        f"{rates.gflops:.1f}",
+        f"{rates.peak_share:.0%}",
+    )
+
+
 def _lines(report: LinearReport) -> Iterator[str]:
-    arithmetic = f", {report.peak.gflops:.0f} GF/s in {report.peak.source}"
-    yield machine_line(report.machine, report.threads, report.memory_gb_per_second, arithmetic)
+    yield bounds_line(report, report.peak)
     yield f"weights as outputs x inputs, read from memory; medians of {report.repeats}"
     yield operator_line(report.operator, report.operator_compiled)
     yield ""
@@ -193,12 +197,9 @@ def _cells(row: LinearRow, format: FormatTime) -> tuple[str, ...]:
         str(row.shape),
         str(row.rows),
         format.format,
-        f"{1000 * format.seconds:.3f}",
+        milliseconds(format.seconds),
         row.best_library,
-        f"{1000 * format.best_library.seconds:.3f}",
+        milliseconds(format.best_library.seconds),
         f"{format.best_library.speedup:.2f}x",
-        f"{format.gb_per_second:.2f}",
-        f"{format.bandwidth_share:.0%}",
-        f"{format.gflops:.1f}",
-        f"{format.peak_share:.0%}",
+        *rate_cells(format),
     )

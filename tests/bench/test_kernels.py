@@ -19,6 +19,7 @@ from bench.machine import describe_machine, last_level_cache_bytes
 from cuda_ext import ops
 from server.cli import main
 from tests.bench.clock import ticking
+from tests.bench.kernel_commands import UNCOMPILED, complaint, measure_nothing_else
 from tests.one_thread import one_thread
 
 __all__ = ["one_thread"]
@@ -143,9 +144,8 @@ def test_cases_that_do_not_fit_are_left_out_and_pages_outgrow_the_caches() -> No
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Arguments of a command that takes no time, on a machine with tiny caches."""
-    monkeypatch.setattr(kernels, "last_level_cache_bytes", lambda: 4096)
-    monkeypatch.setattr(kernel_cases, "read_bandwidth", lambda: 2e9)
+    """Arguments of a command that takes no time."""
+    measure_nothing_else(monkeypatch)
     shape = ["--heads", "4", "--kv-heads", "2", "--head-dim", "8", "--slots", "3", "--page-size", "4"]
     return ["bench-kernels", "--contexts", "8,64", "--requests", "1,2", "--repeats", "3", "--threads", "1", *shape]
 
@@ -222,9 +222,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([*small, *changes]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith(f"slipstream: error: {message.format(cwd=tmp_path)}")
-    assert captured.err.count("\n") == 1 and not captured.out
+    assert complaint(capsys).startswith(message.format(cwd=tmp_path))
 
 
 def test_the_defaults_are_the_default_drafters_shape() -> None:
@@ -238,17 +236,8 @@ def test_the_defaults_are_the_default_drafters_shape() -> None:
 def test_a_report_says_when_the_operator_is_not_compiled() -> None:
     row = measure_case(SHAPE, 8, 1, PagePool(SHAPE, 8), 1, bandwidth=1e9, clock=ticking(0.002, 0.005, 0.001))
     report = KernelReport(
-        complete=True,
-        created="2026-01-02T03:04:05+00:00",
-        command=("slipstream", "bench-kernels"),
-        machine=replace(describe_machine(), cpu="a CPU", load_average=None),
-        operator="not built; run: this",
-        operator_compiled=False,
+        **UNCOMPILED,
         shape=SHAPE,
-        threads=2,
-        repeats=1,
-        memory_gb_per_second=12.34,
-        cache_bytes=None,
         rows=(row,),
         left_out=(LeftOut(64, 1, "too large"),),
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import kernel_cases, kernels, linear_cases, linear_kernels, linear_products
+from bench import kernels, linear_kernels, linear_products
 from bench.errors import BenchError
 from bench.kernel_report import Comparison
 from bench.linear_cases import Sides, Weights, measure_peak
@@ -22,7 +22,6 @@ from bench.linear_report import (
     LinearReport,
     LinearRow,
     MissingLibrary,
-    Peak,
     WeightShape,
     render_linear_report,
 )
@@ -31,18 +30,13 @@ from cuda_ext import ops
 from cuda_ext.linear import WeightFormat
 from server.cli import main
 from tests.bench.clock import ticking
+from tests.bench.kernel_commands import PEAK, UNCOMPILED, complaint, measure_nothing_else, torch_libraries
 from tests.one_thread import one_thread
 
 __all__ = ["one_thread"]
 
 SHAPE = WeightShape(40, 64)
-PEAK = Peak(8.0, "a guess")
 FORMATS = [format.value for format in WeightFormat]
-
-
-def torch_libraries() -> list[Product]:
-    """Those that come with PyTorch."""
-    return [linear_products._Torch(), *([linear_products._OneDnn()] if torch.backends.mkldnn.is_available() else [])]
 
 
 def measured(weights: Weights, rows: int = 3, repeats: int = 1, **changes: Any) -> LinearRow:
@@ -198,12 +192,8 @@ def test_the_peak_is_that_of_the_best_run() -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Arguments of a command that takes no time, on a machine with tiny caches and without vLLM."""
-    absent = [MissingLibrary("vLLM oneDNN", "not here")]
-    monkeypatch.setattr(kernels, "last_level_cache_bytes", lambda: 4096)
-    monkeypatch.setattr(kernel_cases, "read_bandwidth", lambda: 2e9)
-    monkeypatch.setattr(linear_cases, "measure_peak", lambda: PEAK)
-    monkeypatch.setattr(linear_products, "find_libraries", lambda: (torch_libraries(), absent))
+    """Arguments of a command that takes no time."""
+    measure_nothing_else(monkeypatch)
     shapes = ["--shapes", "48x32,32x64", "--rows", "1,3", "--formats", "float32,q4_1"]
     return ["bench-kernels", "--kernel", "linear", *shapes, "--repeats", "3", "--threads", "1"]
 
@@ -311,9 +301,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([*small, *changes]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith(f"slipstream: error: {message.format(cwd=tmp_path)}")
-    assert captured.err.count("\n") == 1 and not captured.out
+    assert complaint(capsys).startswith(message.format(cwd=tmp_path))
 
 
 def test_inputs_that_are_no_whole_blocks_are_fine_without_blocks(small: list[str]) -> None:
@@ -326,7 +314,7 @@ def test_the_defaults_are_all_formats_and_the_default_targets_weights() -> None:
     args = parser.parse_args([])
     assert args.kernel == "attention"
     shapes = linear_kernels._shapes(args.shapes)
-    assert list(linear_kernels._formats(args.formats, shapes)) == FORMATS
+    assert args.formats is None and linear_kernels.weight_formats(linear_kernels._FORMATS) == FORMATS
     hidden, inner, vocabulary, key_heads, head_dim = 576, 1536, 49152, 3, 64
     assert shapes[:5] == [
         WeightShape(hidden + 2 * key_heads * head_dim, hidden),
@@ -341,17 +329,8 @@ def test_a_report_says_when_the_operator_is_not_compiled() -> None:
     weights = Sides(["float32"], [linear_products._Torch()], cache_bytes=1).weights(SHAPE)
     row = measured(weights, rows=1, clock=ticking(0.002, 0.005))
     report = LinearReport(
-        complete=True,
-        created="2026-01-02T03:04:05+00:00",
-        command=("slipstream", "bench-kernels"),
-        machine=replace(describe_machine(), cpu="a CPU", load_average=None),
-        operator="not built; run: this",
-        operator_compiled=False,
-        threads=2,
-        repeats=1,
-        memory_gb_per_second=12.34,
+        **UNCOMPILED,
         peak=PEAK,
-        cache_bytes=None,
         rows=(row,),
         left_out=(LeftOutShape(WeightShape(5, 7), "too large"),),
         missing_libraries=(),
