@@ -23,13 +23,14 @@ class ProposalOptions:
     """Attributes:
     max_draft_tokens: longest draft; a checkpoint's block may be shorter.
     path: see ``PathSearch``.
-    beam_width: paths that ``BEAM`` keeps.
+    beam_width: paths that ``BEAM`` keeps; of coupled drafts one.
     max_passes: passes over a block; from the second on, confident slots are observed and the others predicted
         again given them.
     observe_threshold: probability from which a slot counts as observed.
     calibrated_threshold: take the thresholds from the first sequence served instead, and keep them (OSDT,
         arXiv 2511.02077).
     stop_at_end: draft nothing behind an end-of-text token.
+    coupled_sampling: above temperature 0, draft with the very noise that the target will draw its tokens with.
     """
 
     max_draft_tokens: int
@@ -39,3 +40,4 @@ class ProposalOptions:
     observe_threshold: float = 0.9
     calibrated_threshold: bool = False
     stop_at_end: bool = True
+    coupled_sampling: bool = True

@@ -9,13 +9,15 @@ all will be: verification stops at the first wrong token, so early slots matter 
 """
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from cuda_ext import ops
+from drafter.coupled import Draws
 from drafter.head import DraftHead
 from drafter.ngram import UNKNOWN, HashedNgrams, NgramHistories, TextContext, Tokens
 from drafter.types import DraftPath, PathSearcher
@@ -81,14 +83,53 @@ def independent(
         vocabulary: of the logits.
     """
     del anchors
-    probabilities = logits.softmax(dim=-1, dtype=torch.float32)
-    best, rows = probabilities.max(dim=-1)
-    tokens, chances = vocabulary.tokens(rows.cpu().numpy()), best.cpu().numpy()
+    blocks, slots, vocab = logits.shape
+    drafter = _Distributions.of(logits.reshape(blocks * slots, vocab), None, 1)
+    tokens = vocabulary.tokens(drafter.likely.reshape(blocks, slots))
+    chances = drafter.chances.reshape(blocks, slots)
     if fixed is not None:
         held = fixed.cpu().numpy()
         tokens = np.where(held >= 0, held, tokens)
-        chances = np.where(held >= 0, _pick(probabilities, vocabulary.rows(held[..., None]))[..., 0], chances)
+        held_chances = drafter.chances_of(vocabulary.rows(held.reshape(-1, 1, 1))).reshape(blocks, slots)
+        chances = np.where(held >= 0, held_chances, chances)
     return _draft_path(tokens, chances, logits.device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Distributions:
+    """What the drafter says of one slot of every block, behind one or several beams.
+
+    Attributes:
+        likely: ``[B, n, K]`` int64 rows of the draft head, likeliest first.
+        chances: ``[B, n, K]`` float32, theirs.
+        logits: ``[B, draft_vocab]`` float32.
+        bias: ``[B, n, draft_vocab]`` float32 that is added to them behind each beam, or ``None``.
+        log_sums: ``[B, n]`` float32 logarithms of the sums of exponentials.
+    """
+
+    likely: Tokens
+    chances: _Floats
+    logits: _Floats
+    bias: _Floats | None
+    log_sums: _Floats
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, bias: torch.Tensor | None, count: int) -> "_Distributions":
+        """From ``[B, draft_vocab]`` logits and ``[B, n, draft_vocab]`` bias, with at most ``count`` likely tokens."""
+        logits = logits.contiguous()
+        chances, likely, log_sums = ops.likely_tokens(logits, bias, min(count, logits.shape[1]))
+        given = None if bias is None else bias.cpu().numpy()
+        return cls(likely.cpu().numpy(), chances.cpu().numpy(), logits.cpu().numpy(), given, log_sums.cpu().numpy())
+
+    def chances_of(self, rows: Tokens) -> _Floats:
+        """Probabilities of ``rows`` ``[B, n, k]`` of the draft head; 0 for ``UNKNOWN``."""
+        index = np.maximum(rows, 0)
+        block = np.arange(len(rows))[:, None, None]
+        scores = self.logits[block, index] - self.log_sums[..., None]
+        if self.bias is not None:
+            scores += self.bias[block, np.arange(rows.shape[1])[:, None], index]
+        chances: _Floats = np.exp(scores) * (rows >= 0)
+        return chances
 
 
 class BeamSearch:
@@ -102,7 +143,8 @@ class BeamSearch:
     The probability reported with each token is the pooled one, which tells accepted tokens from rejected ones far
     better than the drafter's own: that does not know why the token was picked. Without an n-gram model it is the
     drafter's own. With a width above 1, later slots have a say in which path wins; each token's probability still
-    rests on those before it alone.
+    rests on those before it alone. For requests that are sampled it is the estimated probability that the target draws
+    the token (``Draws.agreement``).
 
     Args:
         head: for its Markov correction and vocabulary.
@@ -114,9 +156,11 @@ class BeamSearch:
         self._options = options or BeamOptions()
         self._vocabulary, self._markov, self._ngrams = DraftVocabulary(head.token_ids), head.markov, ngrams
 
-    def behind(self, context: TextContext | None, end_tokens: Sequence[Set[int]]) -> PathSearcher:
+    def behind(
+        self, context: TextContext | None, end_tokens: Sequence[Set[int]] | None, draws: Draws | None = None
+    ) -> PathSearcher:
         """This search for blocks of known requests; for the arguments see ``__call__``."""
-        return partial(self, context=context, end_tokens=end_tokens)
+        return partial(self, context=context, end_tokens=end_tokens, draws=draws)
 
     @torch.inference_mode()
     def __call__(
@@ -126,6 +170,7 @@ class BeamSearch:
         fixed: torch.Tensor | None,
         context: TextContext | None = None,
         end_tokens: Sequence[Set[int]] | None = None,
+        draws: Draws | None = None,
     ) -> DraftPath:
         """Pick a token for every slot.
 
@@ -135,6 +180,7 @@ class BeamSearch:
             fixed: ``[B, S]`` int64 target ids that the draft must hold, -1 where it is free; ``None`` for none.
             context: what stands before the anchors; unknown if ``None``.
             end_tokens: per block, the tokens that end its text; ``None`` if paths go on behind any token.
+            draws: what the target will draw the tokens with, of blocks that are all sampled; ``None`` if none is.
 
         Returns:
             Behind an end-of-text token, free slots repeat the token before them, with probability 0.
@@ -144,16 +190,16 @@ class BeamSearch:
         beams = _Beams.start(anchors.cpu().numpy(), context, ends, logits.shape[1])
         for slot in range(logits.shape[1]):
             candidates = self._candidates(logits[:, slot], beams, None if held is None else held[:, slot])
+            if draws is not None:
+                candidates = candidates.drawn(draws, slot)
             beams = beams.extend(candidates, self._options.width)
         return _draft_path(beams.tokens[:, 0, 2:], beams.probabilities[:, 0], logits.device)
 
     def _candidates(self, logits: torch.Tensor, beams: "_Beams", held: Tokens | None) -> "_Candidates":
         """The tokens that may follow every beam; ``logits`` ``[B, draft_vocab]``, ``held`` ``[B]``."""
-        rows = logits[:, None]
-        if self._markov is not None:
-            rows = rows + self._markov(torch.from_numpy(beams.last).to(logits.device))
-        distribution = rows.softmax(dim=-1, dtype=torch.float32).expand(-1, beams.last.shape[1], -1)
-        tokens, chances, valid = self._likely(distribution)
+        bias = None if self._markov is None else self._markov(torch.from_numpy(beams.last).to(logits.device))
+        drafter = _Distributions.of(logits, bias, self._options.max_candidates)
+        tokens, chances, valid = self._likely(drafter, beams.last.shape[1])
         histories = None
         if self._ngrams is not None:
             histories = self._ngrams.histories(beams.before, beams.last, beams.scopes)
@@ -162,22 +208,26 @@ class BeamSearch:
         # What is no token is not valid, but has to have a probability.
         extra = np.maximum(extra, 0)
         tokens = np.concatenate([tokens, extra], axis=-1)
-        chances = np.concatenate([chances, _pick(distribution, self._vocabulary.rows(extra))], axis=-1)
+        chances = np.concatenate([chances, drafter.chances_of(self._vocabulary.rows(extra))], axis=-1)
         if held is not None and (fixed := held >= 0).any():
             tokens[fixed, :, 0] = held[fixed, None]
-            chances[fixed, :, 0] = _pick(distribution, self._vocabulary.rows(tokens[..., :1]))[fixed, :, 0]
+            chances[fixed, :, 0] = drafter.chances_of(self._vocabulary.rows(tokens[..., :1]))[fixed, :, 0]
             valid[fixed] = np.arange(valid.shape[-1]) == 0
         if self._ngrams is not None and histories is not None:
             chances = _pooled(chances, self._ngrams.probability(histories, tokens))
         return _Candidates(tokens, chances, valid, None if held is None else held >= 0)
 
-    def _likely(self, distribution: torch.Tensor) -> tuple[Tokens, _Floats, _Flags]:
+    def _likely(self, drafter: _Distributions, beams: int) -> tuple[Tokens, _Floats, _Flags]:
         """The drafter's likely tokens, most likely first, as far as any beam needs them; which are in the top set."""
-        best = distribution.topk(min(self._options.max_candidates, distribution.shape[-1]), dim=-1)
-        chances, rows = best.values.cpu().numpy(), best.indices.cpu().numpy()
-        valid = chances.cumsum(axis=-1) - chances < self._options.mass
+        valid = drafter.chances.cumsum(axis=-1) - drafter.chances < self._options.mass
         widest = int(valid.sum(axis=-1).max(initial=1))
-        return self._vocabulary.tokens(rows[..., :widest]), chances[..., :widest], valid[..., :widest]
+        shape = (len(valid), beams, widest)
+        tokens = np.broadcast_to(self._vocabulary.tokens(drafter.likely[..., :widest]), shape)
+        return (
+            tokens,
+            np.broadcast_to(drafter.chances[..., :widest], shape),
+            np.broadcast_to(valid[..., :widest], shape),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +245,13 @@ class _Candidates:
     probabilities: _Floats
     valid: _Flags
     fixed: _Flags | None
+
+    def drawn(self, draws: Draws, slot: int) -> "_Candidates":
+        """The same with the probability that the target draws each; where the slot is fixed there is no choice."""
+        chances = draws.agreement(slot, self.tokens, self.probabilities, self.valid)
+        if self.fixed is not None:
+            chances = np.where(self.fixed[:, None, None], self.probabilities, chances)
+        return replace(self, probabilities=chances)
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,13 +378,6 @@ def _first_of_their_kind(extra: Tokens, tokens: Tokens, valid: _Flags) -> _Flags
 @cache
 def _earlier(count: int) -> _Flags:
     return np.tri(count, k=-1, dtype=np.bool_)
-
-
-def _pick(distribution: torch.Tensor, rows: Tokens) -> _Floats:
-    """Probabilities of ``rows`` ``[B, n, k]`` in ``distribution`` ``[B, n, draft_vocab]``; 0 for ``UNKNOWN``."""
-    index = torch.from_numpy(np.maximum(rows, 0)).to(distribution.device)
-    chances: _Floats = distribution.gather(-1, index).cpu().numpy()
-    return chances * (rows >= 0)
 
 
 def _draft_path(tokens: Tokens, probabilities: _Floats, device: torch.device) -> DraftPath:

@@ -10,9 +10,10 @@ import torch
 
 from drafter.checkpoint import Drafter, check_fits, load_drafter
 from drafter.denoise import BlockStarts, Denoised, denoise
+from drafter.layers import BlockContext
 from drafter.options import ProposalOptions
 from drafter.search import make_search
-from drafter.serving import BlockContext, ServingDrafter
+from drafter.serving import ServingDrafter
 from drafter.thresholds import FixedThreshold, OneShotThresholds, PassRecord
 from drafter.types import Drafts, PagedCacheSpec, TargetForward, TargetModel
 
@@ -117,7 +118,7 @@ class BlockDiffusionProposer:
             return drafts
         wanted = min(self._max_draft_tokens, max(forward.draft_limits[r] for r in rows))
         starts = _block_starts(forward, features, rows)
-        search = self._search.behind(starts.request_ids, [forward.end_tokens[r] for r in rows])
+        search = self._search.behind(forward, rows)
         result = denoise(self._serving, starts, wanted, search, self._thresholds, self._options.max_passes)
         path = result.path
         for r, tokens, survival in zip(rows, path.tokens.tolist(), path.survival.tolist(), strict=True):

@@ -53,6 +53,23 @@ class TargetModel:
 
 
 @dataclass(frozen=True, slots=True)
+class RandomSampling:
+    """How the target draws a request's tokens: the arg-max of ``log p / temperature`` plus the seed's noise.
+
+    Attributes:
+        seed: signed 64-bit; with a token's position and id it gives the noise (``drafter.noise``).
+        temperature: above 0.
+        top_k: only so many of the likeliest tokens can be drawn; 0 for all.
+        top_p: only the likeliest tokens that reach this probability together can be drawn; above 0, at most 1.
+    """
+
+    seed: int
+    temperature: float
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class TargetForward:
     """One forward pass of the target over a batch, after its tokens were sampled.
 
@@ -73,6 +90,7 @@ class TargetForward:
         private: per request, whether nothing of its text may show in the drafts of others.
         finished: requests that ended since the last pass.
         prompt_lens: ``R`` prompt lengths in tokens.
+        sampling: per request, how its tokens are drawn; ``None`` where the target takes its most likely token.
     """
 
     request_ids: Sequence[str]
@@ -89,6 +107,7 @@ class TargetForward:
     private: Sequence[bool]
     finished: Sequence[str]
     prompt_lens: Sequence[int]
+    sampling: Sequence[RandomSampling | None]
 
 
 @dataclass(frozen=True, slots=True)

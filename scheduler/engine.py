@@ -1,11 +1,14 @@
 """Building the vLLM engine that serves, measures and collects: one set of arguments for all three."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from scheduler.counters import SpeculationHistory
@@ -85,7 +88,17 @@ def start_engine(arguments: dict[str, Any], history: SpeculationHistory | None =
     # Ours extends vLLM's first model runner; without drafting vLLM might choose the second one, past our sampler.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     loggers = [partial(SpeculationStatLogger, history=history)] if history is not None else None
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=loggers)
+    config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    if current_platform.is_cpu() and _openmp_survives_forks(os.environ):
+        # vLLM's CPU platform has just asked for a fresh interpreter, which would spend seconds on importing again what
+        # is here already.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    return AsyncLLM.from_vllm_config(config, stat_loggers=loggers)
+
+
+def _openmp_survives_forks(environment: Mapping[str, str]) -> bool:
+    """Whether a forked process can start threads: not with GNU's runtime, if threads were started before."""
+    return any(name in environment.get("LD_PRELOAD", "") for name in ("libiomp", "libomp"))
 
 
 def stop_engine(engine: AsyncLLM) -> None:

@@ -34,13 +34,15 @@ class TargetWeights(StrEnum):
 class DrafterOptions:
     """Draft with the block-diffusion checkpoint in ``checkpoint``.
 
-    ``survival_floor`` is the estimated probability of being reached below which a drafted slot is not worth a row of
-    the verify pass.
+    Attributes:
+        min_draft_tokens: verified in any case, as far as they were drafted.
+        survival_floor: instead of following acceptance and load, verify what is at least this likely to be reached.
     """
 
     checkpoint: Path
     proposal: ProposalOptions
-    survival_floor: float
+    min_draft_tokens: int = 0
+    survival_floor: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +55,15 @@ class RecorderOptions:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Which proposer the engine runs, neither meaning plain decoding, and how it holds the target's weights."""
+    """Which proposer the engine runs, neither meaning plain decoding, and how it holds the target's weights.
+
+    ``instruction_set`` names that of the CPU kernels; ``auto`` is the best that the processor has.
+    """
 
     drafter: DrafterOptions | None = None
     recorder: RecorderOptions | None = None
     weights: TargetWeights = TargetWeights.EXACT
+    instruction_set: str = "auto"
 
     def to_additional_config(self) -> dict[str, Any]:
         """A JSON-serialisable form that ``from_additional_config`` reads back."""
@@ -74,12 +80,17 @@ class EngineOptions:
         plain = config.get(ADDITIONAL_CONFIG_KEY, {})
         drafter, recorder = plain.get("drafter"), plain.get("recorder")
         return cls(
-            DrafterOptions(Path(drafter["checkpoint"]), _proposal(drafter["proposal"]), drafter["survival_floor"])
-            if drafter
-            else None,
+            _drafter(drafter) if drafter else None,
             RecorderOptions(Path(recorder["folder"]), tuple(recorder["layers"])) if recorder else None,
             TargetWeights(plain.get("weights", TargetWeights.EXACT)),
+            plain.get("instruction_set", "auto"),
         )
+
+
+def _drafter(plain: Mapping[str, Any]) -> DrafterOptions:
+    return DrafterOptions(
+        **{**plain, "checkpoint": Path(plain["checkpoint"]), "proposal": _proposal(plain["proposal"])}
+    )
 
 
 def _proposal(plain: Mapping[str, Any]) -> ProposalOptions:

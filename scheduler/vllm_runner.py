@@ -5,17 +5,18 @@ from typing import Any, cast
 import numpy as np
 import torch
 from vllm import SamplingParams
+from vllm.sampling_params import SamplingType
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds, SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from drafter.types import PagedCacheSpec, TargetForward
-from scheduler.noise import request_seed
+from drafter.noise import request_seed
+from drafter.types import PagedCacheSpec, RandomSampling, TargetForward
 from scheduler.vllm_platform import BaseModelRunner
 from scheduler.vllm_proposer import ProposerHost
 from scheduler.vllm_sampler import PositionKeyedSampler, StepKeys, use_position_keyed_sampling
-from scheduler.vllm_types import PrivacySchedulerOutput, SurvivalDraftTokenIds
+from scheduler.vllm_types import DraftingSchedulerOutput, SurvivalDraftTokenIds
 
 
 class SlipstreamModelRunner(BaseModelRunner):
@@ -53,7 +54,7 @@ class SlipstreamModelRunner(BaseModelRunner):
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         self._finished.extend(scheduler_output.finished_req_ids)
-        if isinstance(scheduler_output, PrivacySchedulerOutput):
+        if isinstance(scheduler_output, DraftingSchedulerOutput):
             self._private |= scheduler_output.private_requests
         for request_id in scheduler_output.finished_req_ids:
             self._seeds.pop(request_id, None)
@@ -135,15 +136,17 @@ class SlipstreamModelRunner(BaseModelRunner):
             hidden_states=[h[:total] for h in hidden_states],
             context_lens=torch.from_numpy(context_lens.astype(np.int64)).to(self.device),
             sampled=sampled,
-            draft_limits=self._draft_limits(request_ids, context_lens),
+            draft_limits=self._draft_limits(request_ids, context_lens, output),
             end_tokens=[self._end_tokens[r] for r in request_ids],
             private=[r in self._private for r in request_ids],
             finished=finished,
             prompt_lens=[int(n) for n in batch.num_prompt_tokens[:num_reqs]],
+            sampling=[random_sampling(self.requests[r].sampling_params, self._seeds[r]) for r in request_ids],
         )
 
-    def _draft_limits(self, request_ids: list[str], context_lens: np.ndarray) -> list[int]:
-        """Draft tokens that can still be emitted: a step emits one token more than it accepts."""
+    def _draft_limits(self, request_ids: list[str], context_lens: np.ndarray, output: SchedulerOutput) -> list[int]:
+        """Draft tokens that are worth it and can still be emitted: a step emits one token more than it accepts."""
+        planned = output.draft_lengths if isinstance(output, DraftingSchedulerOutput) else {}
         limits = []
         for request_id, context_len in zip(request_ids, context_lens.tolist(), strict=True):
             state = self.requests[request_id]
@@ -154,8 +157,15 @@ class SlipstreamModelRunner(BaseModelRunner):
                     room = min(room, params.max_tokens - len(state.output_token_ids) - 1)
                 if state.output_token_ids and state.output_token_ids[-1] in self._end_tokens[request_id]:
                     room = 0
-            limits.append(max(room, 0))
+            limits.append(max(min(room, planned.get(request_id, room)), 0))
         return limits
+
+
+def random_sampling(params: SamplingParams | None, seed: int) -> RandomSampling | None:
+    """How the target draws a request's tokens; ``None`` if it takes the most likely ones."""
+    if params is None or params.sampling_type is SamplingType.GREEDY:
+        return None
+    return RandomSampling(seed, params.temperature, max(params.top_k, 0), params.top_p)
 
 
 def end_tokens(params: SamplingParams | None) -> frozenset[int]:

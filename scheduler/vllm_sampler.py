@@ -17,7 +17,7 @@ from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, RejectionSamp
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from scheduler.noise import sample_rows
+from drafter.noise import sample_rows
 
 if TYPE_CHECKING:
     from scheduler.vllm_runner import SlipstreamModelRunner

@@ -1,5 +1,6 @@
 """Typed extensions of what vLLM's worker and scheduler processes exchange."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -14,12 +15,20 @@ class SurvivalDraftTokenIds(DraftTokenIds):
 
 
 @dataclass
-class PrivacySchedulerOutput(SchedulerOutput):
-    """What to run, with the new requests whose text must not show in the drafts of others."""
+class DraftingSchedulerOutput(SchedulerOutput):
+    """What to run, and what the proposer has to know.
+
+    Attributes:
+        private_requests: the new requests whose text must not show in the drafts of others.
+        draft_lengths: longest draft worth computing behind this step, by request; of others, any length.
+    """
 
     private_requests: frozenset[str] = frozenset()
+    draft_lengths: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, output: SchedulerOutput, private_requests: frozenset[str]) -> "PrivacySchedulerOutput":
-        """``output`` with the private ones among its new requests."""
-        return cls(**vars(output), private_requests=private_requests)
+    def of(
+        cls, output: SchedulerOutput, private_requests: frozenset[str], draft_lengths: Mapping[str, int]
+    ) -> "DraftingSchedulerOutput":
+        """``output`` with what belongs to it."""
+        return cls(**vars(output), private_requests=private_requests, draft_lengths=draft_lengths)

@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from typing import Any, cast
 from unittest import mock
 
-from scheduler.options import EngineOptions
+from vllm.platforms import current_platform
+
+from cuda_ext import ops
+from scheduler.options import EngineOptions, TargetWeights
 from scheduler.vllm_linear import packed_linears
 from scheduler.vllm_platform import BaseWorker, runner_module, runner_name
 from scheduler.vllm_runner import SlipstreamModelRunner
@@ -21,10 +24,15 @@ class SlipstreamWorker(BaseWorker):
             super().init_device()
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
-        """Load the target, on a CPU with its linear layers on our kernel."""
+        """Load the target, on a CPU with its layers on our kernels."""
         options = EngineOptions.from_additional_config(dict(self.vllm_config.additional_config))
+        ops.use_instruction_set(options.instruction_set)
         with packed_linears(options.weights):
             super().load_model(load_dummy_weights=load_dummy_weights)
+        if current_platform.is_cpu() and options.weights is not TargetWeights.VLLM:
+            from scheduler.vllm_decoder import fuse_decoder_layers
+
+            fuse_decoder_layers(self.model_runner.model, self.vllm_config)
 
     def determine_available_memory(self) -> int:
         """Bytes for the target's pages: what there is, less the share that the proposer's pages will take."""

@@ -138,7 +138,7 @@ def _engine_shape(served: Served) -> Any:
     )
     weights = TargetWeights(model.weight_format)
     if served.drafter is None:
-        return shape, EngineOptions(weights=weights)
+        return shape, EngineOptions(weights=weights, instruction_set=engine.instruction_set)
     proposal = ProposalOptions(
         max_draft_tokens=speculation.max_draft_tokens,
         path=PathSearch(speculation.path),
@@ -147,8 +147,11 @@ def _engine_shape(served: Served) -> Any:
         observe_threshold=speculation.observe_threshold,
         calibrated_threshold=speculation.calibrated_threshold,
         stop_at_end=speculation.stop_at_end,
+        coupled_sampling=speculation.coupled_sampling,
     )
-    return shape, EngineOptions(DrafterOptions(served.drafter, proposal, speculation.survival_floor), weights=weights)
+    floor = speculation.survival_floor if speculation.policy == "floor" else None
+    drafter = DrafterOptions(served.drafter, proposal, speculation.min_draft_tokens, floor)
+    return shape, EngineOptions(drafter, weights=weights, instruction_set=engine.instruction_set)
 
 
 async def _http_server(served: Served, engine: "AsyncLLM", history: "SpeculationHistory") -> "uvicorn.Server":

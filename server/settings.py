@@ -55,6 +55,10 @@ class EngineSettings(_Section):
     prefix_caching: bool = _setting(True, "keep the K/V pages of prompts for requests that begin alike")
     enforce_eager: bool = _setting(True, "run without compilation: ready sooner, steps possibly slower")
     seed: int = _setting(0, "seed of requests that bring none of their own", ge=0, le=2**32 - 1)
+    instruction_set: Literal["auto", "avx512", "avx2", "scalar"] = _setting(
+        "auto",
+        "instructions that the CPU kernels use: the best of this processor, or these; answers may differ between",
+    )
 
 
 class SpeculationSettings(_Section):
@@ -65,8 +69,18 @@ class SpeculationSettings(_Section):
         "smollm2-135m-instruct", "drafter: the name of a shipped checkpoint, or a folder", min_length=1
     )
     max_draft_tokens: int = _setting(5, "longest draft verified in one step", unit="tokens", ge=1, le=32)
+    min_draft_tokens: int = _setting(
+        0, "drafted tokens of a request that are verified whatever the load", unit="tokens", ge=0, le=32
+    )
+    policy: Literal["adaptive", "floor"] = _setting(
+        "floor", "how many drafted tokens are verified: as many as pay at the present load, or by survival_floor alone"
+    )
     survival_floor: float = _setting(
-        0.12, "a drafted token less likely than this to be reached is not verified", unit="probability", ge=0, le=1
+        0.12,
+        "with policy = floor, a drafted token less likely than this to be reached is not verified",
+        unit="probability",
+        ge=0,
+        le=1,
     )
     path: Literal["independent", "walk", "beam"] = _setting(
         "beam",
@@ -84,6 +98,9 @@ class SpeculationSettings(_Section):
         False, "take the thresholds of sure tokens from the first answer instead, and keep them"
     )
     stop_at_end: bool = _setting(True, "draft nothing behind a token that ends the answer")
+    coupled_sampling: bool = _setting(
+        True, "above temperature 0, draft with the random numbers that the answer is drawn with"
+    )
 
 
 class ServerSettings(_Section):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from drafter.types import Drafts, PagedCacheSpec, Proposer, TargetForward, TargetModel
+from drafter.types import Drafts, PagedCacheSpec, Proposer, RandomSampling, TargetForward, TargetModel
 from tests.drafter.tiny import HIDDEN, LAYERS, VOCAB, random_target
 
 
@@ -50,6 +50,7 @@ class SimulatedEngine:
         self.requests: dict[str, RequestState] = {}
         self.end_tokens: frozenset[int] = frozenset()
         self.private: set[str] = set()
+        self.sampling: dict[str, RandomSampling] = {}
         self._finished: list[str] = []
         self._free = list(range(num_pages))
         generator = torch.Generator().manual_seed(11)
@@ -125,4 +126,5 @@ class SimulatedEngine:
             private=[request_id in self.private for request_id in work],
             finished=finished,
             prompt_lens=[state.prompt_len for state in states],
+            sampling=[self.sampling.get(request_id) for request_id in work],
         )

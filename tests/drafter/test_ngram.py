@@ -267,6 +267,7 @@ def target_forward(runs: Sequence[Run], finished: Sequence[str] = ()) -> TargetF
         private=[run.private for run in runs],
         finished=finished,
         prompt_lens=[1] * len(runs),
+        sampling=[None] * len(runs),
     )
 
 

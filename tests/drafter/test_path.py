@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from drafter.coupled import Draws
 from drafter.head import DraftHead
 from drafter.model import MarkovHead
 from drafter.ngram import UNKNOWN, HashedNgrams, TextContext
 from drafter.path import BeamOptions, BeamSearch, DraftVocabulary, independent
-from drafter.types import DraftPath
+from drafter.types import DraftPath, RandomSampling
 from tests.drafter.tiny import HIDDEN, fill
 
 VOCAB, DRAFT_VOCAB, BLOCKS, SLOTS = 12, 7, 3, 4
@@ -55,6 +56,7 @@ class NaiveSearch:
     ngrams: HashedNgrams | None
     ends: tuple[int, ...]
     options: BeamOptions
+    draws: Draws | None = None
 
     def run(self, logits: torch.Tensor, block: int, held: torch.Tensor | None) -> list["NaivePath"]:
         """All paths that are kept to the end, best first."""
@@ -71,14 +73,25 @@ class NaiveSearch:
         drafter = self._drafter(logits, beam.tokens[-1])
         if self.ngrams is None:
             candidates = [fixed] if fixed >= 0 else self._candidates(drafter, [])
-            return [beam.longer(token, drafter.get(token, 0.0), self.ends) for token in candidates]
+            chances = [drafter.get(token, 0.0) for token in candidates]
+            return self._longer(beam, candidates, chances, fixed < 0, block)
         pair = (np.array([beam.tokens[-2]]), np.array([beam.tokens[-1]]), CONTEXT.scopes[block : block + 1])
         history = self.ngrams.histories(*pair)
         candidates = [fixed] if fixed >= 0 else self._candidates(drafter, history.successors[0].tolist())
         others = self.ngrams.probability(history, np.array([candidates]))[0].tolist()
         mine = [drafter.get(token, 0.0) for token in candidates]
         pooled = [0.75 * (a + b) - 0.5 * a * b for a, b in zip(mine, others, strict=True)]
-        return [beam.longer(token, chance, self.ends) for token, chance in zip(candidates, pooled, strict=True)]
+        return self._longer(beam, candidates, pooled, fixed < 0, block)
+
+    def _longer(
+        self, beam: "NaivePath", candidates: list[int], chances: list[float], free: bool, block: int
+    ) -> list["NaivePath"]:
+        if self.draws is not None and free:
+            slot = len(beam.chances)
+            tokens = np.array([[candidates]] * BLOCKS)
+            given = np.array([[chances]] * BLOCKS, dtype=np.float32)
+            chances = self.draws.agreement(slot, tokens, given, np.ones(given.shape, dtype=np.bool_))[block, 0].tolist()
+        return [beam.longer(token, chance, self.ends) for token, chance in zip(candidates, chances, strict=True)]
 
     def _drafter(self, logits: torch.Tensor, last: int) -> dict[int, float]:
         rows = logits.tolist()
@@ -127,17 +140,28 @@ def value(path: DraftPath, block: int) -> float:
         mass=st.sampled_from([0.3, 0.6, 0.8, 0.95]),
         max_candidates=st.integers(1, 15),
     ),
+    drawn=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_the_search_equals_a_naive_one(
-    markov: bool, cut: bool, learnt: bool, fixed: bool, ends: tuple[int, ...], options: BeamOptions, seed: int
+    markov: bool,
+    cut: bool,
+    learnt: bool,
+    fixed: bool,
+    ends: tuple[int, ...],
+    options: BeamOptions,
+    drawn: bool,
+    seed: int,
 ) -> None:
     head, ngrams, held = make_head(markov, cut, seed), make_ngrams(seed) if learnt else None, FIXED if fixed else None
     logits = make_logits(head, seed)
-    path = BeamSearch(head, ngrams, options)(logits, ANCHORS, held, CONTEXT, [set(ends)] * BLOCKS)
+    draws = Draws.of([RandomSampling(seed, 1.0), RandomSampling(-9, 0.3), RandomSampling(4, 2.0)], [8, 3, seed])
+    path = BeamSearch(head, ngrams, options)(
+        logits, ANCHORS, held, CONTEXT, [set(ends)] * BLOCKS, draws if drawn else None
+    )
     assert path.tokens.dtype == torch.int64 and path.probabilities.dtype == torch.float32
     for block in range(BLOCKS):
-        expected = NaiveSearch(head, ngrams, ends, options).run(logits, block, held)[0]
+        expected = NaiveSearch(head, ngrams, ends, options, draws if drawn else None).run(logits, block, held)[0]
         assert path.tokens[block].tolist() == list(expected.tokens[2:])
         assert path.probabilities[block].tolist() == pytest.approx(expected.chances, rel=1e-4, abs=1e-7)
 

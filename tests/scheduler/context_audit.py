@@ -115,9 +115,9 @@ def main(model_folder: str, drafter_folder: str) -> None:
     prefix = tokens[:150]  # more than two steps' worth: read in chunks
     run(engine, {"chunked": (prefix, 12)})
     run(engine, {"hit": ([*prefix, *tokens[200:220]], 12), "other": (tokens[300:330], 20)})
-    core.scheduler._policy = SurvivalFloor(1.1)  # nothing is verified: plain decoding, context K/V all the same
+    core.scheduler._policy = SurvivalFloor(1.1, 5)  # nothing is verified: plain decoding, context K/V all the same
     run(engine, {"plain": (tokens[240:270], 20)})
-    core.scheduler._policy = SurvivalFloor(0.0)
+    core.scheduler._policy = SurvivalFloor(0.0, 5)
     run(engine, {"longest": (tokens[:232], 64), "neighbour": (tokens[330:360], 40)})
     run(engine, {"after": ([*audit.copies["plain"][0], *tokens[380:390]], 12)})
 

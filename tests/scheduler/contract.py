@@ -11,6 +11,10 @@ ENGINE = "vllm.v1.engine.async_llm:AsyncLLM"
 LAYER_UTILS = "vllm.model_executor.layers.utils"
 LINEAR_METHOD = "vllm.model_executor.layers.linear:UnquantizedLinearMethod"
 EMBEDDING_METHOD = "vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod"
+LLAMA = "vllm.model_executor.models.llama:Llama"
+QWEN2 = "vllm.model_executor.models.qwen2:Qwen2"
+QWEN3 = "vllm.model_executor.models.qwen3:Qwen3"
+CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn:CPUAttention"
 
 # Methods of vLLM that classes of ours override: parameters without ``self``.
 OVERRIDDEN = {
@@ -62,7 +66,8 @@ CALLED = [
     ("scheduler.answering", f"{ENGINE}.generate", 4, ""),
     ("scheduler.answering", f"{ENGINE}.collective_rpc", 2, "args"),
     ("scheduler.answering", "vllm:SamplingParams", 0, "temperature max_tokens seed detokenize output_kind"),
-    ("scheduler.engine", f"{ENGINE}.from_engine_args", 1, "stat_loggers"),
+    ("scheduler.engine", f"{ENGINE}.from_vllm_config", 1, "stat_loggers"),
+    ("scheduler.engine", "vllm.engine.arg_utils:AsyncEngineArgs.create_engine_config", 2, ""),
     ("scheduler.vllm_runner", f"{RUNNER}.get_kv_cache_spec", 1, ""),
     ("scheduler.vllm_runner", "vllm.v1.worker.block_table:MultiGroupBlockTable.__getitem__", 2, ""),
     ("scheduler.vllm_runner", "vllm.v1.worker.block_table:BlockTable.get_device_tensor", 2, ""),
@@ -70,6 +75,8 @@ CALLED = [
     ("scheduler.vllm_linear", f"{LAYER_UTILS}:dispatch_cpu_unquantized_gemm", 2, ""),
     ("scheduler.vllm_linear", f"{LAYER_UTILS}:dispatch_cpu_unquantized_gemm", 1, "remove_weight"),
     ("scheduler.vllm_linear", "vllm.logger:init_logger", 1, ""),
+    ("scheduler.vllm_decoder", "vllm.logger:init_logger", 1, ""),
+    ("scheduler.vllm_decoder", "vllm.forward_context:get_forward_context", 0, ""),
     ("scheduler.vllm_proposer", "vllm.config:ModelConfig.get_vocab_size", 1, ""),
     ("scheduler.vllm_proposer", "vllm.config:ModelConfig.get_hidden_size", 1, ""),
     ("scheduler.vllm_sampler", f"{SAMPLER}", 2, ""),
@@ -117,7 +124,11 @@ ATTRIBUTES = [
         "finished_req_ids scheduled_new_reqs num_scheduled_tokens scheduled_spec_decode_tokens",
     ),
     ("scheduler.vllm_runner", "vllm.v1.core.sched.output:NewRequestData", "req_id sampling_params"),
-    ("scheduler.vllm_runner", "vllm:SamplingParams", "seed max_tokens stop_token_ids eos_token_id"),
+    (
+        "scheduler.vllm_runner",
+        "vllm:SamplingParams",
+        "seed max_tokens stop_token_ids eos_token_id temperature top_k top_p sampling_type",
+    ),
     ("scheduler.vllm_runner", "vllm.v1.outputs:DraftTokenIds", "req_ids draft_token_ids"),
     ("scheduler.vllm_sampler", SAMPLER, "logprobs_mode use_fp64_gumbel"),
     ("scheduler.vllm_sampler", REJECTION_SAMPLER, "sampler is_processed_logprobs_mode"),
@@ -152,6 +163,43 @@ ATTRIBUTES = [
     ("scheduler.vllm_proposer", "vllm.config:ModelConfig", "hf_text_config model seed max_model_len"),
     ("scheduler.vllm_proposer", "vllm.model_executor.models.llama:LlamaForCausalLM", "model lm_head supports_eagle3"),
     ("scheduler.vllm_proposer", "vllm.model_executor.models.llama:LlamaModel", "embed_tokens"),
+    *(
+        ("scheduler.vllm_decoder", f"{model}{part}", attributes)
+        for model in (LLAMA, QWEN2, QWEN3)
+        for part, attributes in (
+            ("DecoderLayer", "self_attn mlp input_layernorm post_attention_layernorm"),
+            ("Attention", "qkv_proj o_proj rotary_emb attn num_heads"),
+            ("MLP", "gate_up_proj down_proj act_fn"),
+        )
+    ),
+    ("scheduler.vllm_decoder", f"{QWEN3}Attention", "q_norm k_norm"),
+    *(
+        ("scheduler.vllm_decoder", f"vllm.model_executor.layers.linear:{kind}ParallelLinear", "tp_size bias")
+        for kind in ("QKV", "MergedColumn", "Row")
+    ),
+    (
+        "scheduler.vllm_decoder",
+        "vllm.model_executor.layers.layernorm:RMSNorm",
+        "weight variance_epsilon variance_size_override",
+    ),
+    (
+        "scheduler.vllm_decoder",
+        "vllm.model_executor.layers.rotary_embedding:RotaryEmbedding",
+        "cos_sin_cache head_size rotary_dim is_neox_style forward_native forward_cpu",
+    ),
+    (
+        "scheduler.vllm_decoder",
+        "vllm.model_executor.layers.attention:Attention",
+        "layer_name impl attn_type kv_sharing_target_layer_name kv_cache kv_cache_torch_dtype",
+    ),
+    (
+        "scheduler.vllm_decoder",
+        f"{CPU_ATTENTION}BackendImpl",
+        "scale sliding_window logits_soft_cap alibi_slopes sinks",
+    ),
+    ("scheduler.vllm_decoder", f"{CPU_ATTENTION}Metadata", "slot_mapping block_table seq_lens query_start_loc causal"),
+    ("scheduler.vllm_decoder", "vllm.forward_context:ForwardContext", "attn_metadata"),
+    ("scheduler.vllm_decoder", "vllm.config:VllmConfig", "kv_transfer_config"),
     ("scheduler.vllm_worker", "vllm.v1.worker.cpu_worker:CPUWorker", "model_runner vllm_config"),
     ("scheduler.vllm_worker", "vllm.config:VllmConfig", "additional_config"),
     ("scheduler.answering", ENGINE, "model_config"),
@@ -192,6 +240,18 @@ BEHAVIOURS = [
         f"{RUNNER}.sample_tokens",
         "propose_draft_token_ids(valid_sampled_token_ids)",
         "drafts after bookkeeping, from lists of accepted tokens",
+    ),
+    (
+        "scheduler.vllm_runner",
+        f"{RUNNER}._bookkeeping_sync",
+        "start_idx = self.input_batch.num_tokens_no_spec[req_idx] end_idx = start_idx + num_sampled_ids",
+        "counts the tokens that a step emits into num_tokens_no_spec, the position that the next step samples",
+    ),
+    (
+        "scheduler.vllm_runner",
+        "vllm.v1.worker.gpu_input_batch:InputBatch.add_request",
+        "if sampling_params.sampling_type == SamplingType.GREEDY: self.temperature_cpu[req_index] = 0.0",
+        "tells greedy requests from sampled ones by their type",
     ),
     (
         "scheduler.vllm_runner",
@@ -250,6 +310,81 @@ BEHAVIOURS = [
         f"{LAYER_UTILS}:cpu_unquantized_gemm",
         "return layer.cpu_linear(x, weight, bias)",
         "calls that function",
+    ),
+    *(
+        (
+            "scheduler.vllm_decoder",
+            f"{model}DecoderLayer.forward",
+            "def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None) "
+            "-> tuple[torch.Tensor, torch.Tensor]: "
+            "if residual is None: residual = hidden_states hidden_states = self.input_layernorm(hidden_states) "
+            "else: hidden_states, residual = self.input_layernorm(hidden_states, residual) "
+            "hidden_states = self.self_attn(positions=positions, hidden_states=hidden_states) "
+            "hidden_states, residual = self.post_attention_layernorm(hidden_states, residual) "
+            "hidden_states = self.mlp(hidden_states) return (hidden_states, residual)",
+            "does nothing but what ops.decoder_layer does",
+        )
+        for model in (LLAMA, QWEN2, QWEN3)
+    ),
+    *(
+        (
+            "scheduler.vllm_decoder",
+            f"{model}Attention.forward",
+            f"{norms}q, k = self.rotary_emb(positions, q, k) attn_output = self.attn(q, k, v) "
+            "output, _ = self.o_proj(attn_output) return output",
+            "turns queries and keys and projects what attention gives",
+        )
+        for model, norms in (
+            (LLAMA, "q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1) "),
+            (QWEN2, "k = k.view(total_tokens, self.kv_size) "),
+            (QWEN3, "k_by_head = self.k_norm(k_by_head) k = k_by_head.view(k.shape) "),
+        )
+    ),
+    *(
+        (
+            "scheduler.vllm_decoder",
+            f"{model}Model.forward",
+            "hidden_states, residual = layer(positions, hidden_states, residual",
+            "calls every layer with these arguments and has it leave the sum to the next",
+        )
+        for model in (LLAMA, QWEN2)
+    ),
+    (
+        "scheduler.vllm_decoder",
+        "vllm.model_executor.models.interfaces:EagleModelMixin._maybe_add_hidden_state",
+        "hidden_states + residual if residual is not None else hidden_states",
+        "takes the residual stream from the two results of a layer",
+    ),
+    (
+        "scheduler.vllm_decoder",
+        f"{CPU_ATTENTION}BackendImpl.forward",
+        "num_blocks, num_kv_heads, block_size, _ = kv_cache.size() "
+        "kv_cache = kv_cache.view((num_blocks, num_kv_heads, block_size * 2, -1))",
+        "has pages [pages, kv_heads, page_size, 2 * head_dim]",
+    ),
+    (
+        "scheduler.vllm_decoder",
+        f"{CPU_ATTENTION}BackendImpl.forward",
+        "if attn_metadata is None: return output",
+        "computes nothing while vLLM warms up",
+    ),
+    (
+        "scheduler.vllm_decoder",
+        f"{CPU_ATTENTION}Backend.supported_kv_cache_layouts",
+        "return (KVCacheLayout.LBHNC,)",
+        "lets each page of a layer lie in one piece",
+    ),
+    (
+        "scheduler.vllm_decoder",
+        "vllm.model_executor.layers.attention.attention:get_attention_context",
+        "attn_metadata = attn_metadata_raw[layer_name]",
+        "finds a step's metadata by the layer's name",
+    ),
+    (
+        "scheduler.vllm_decoder",
+        f"{RUNNER}._get_slot_mappings",
+        "slot_mapping[num_tokens_unpadded:num_tokens_padded].fill_(-1)",
+        "gives padding no slot",
     ),
     (
         "scheduler.engine",

@@ -188,7 +188,7 @@ def test_no_other_module_imports_vllm() -> None:
 def test_the_engines_arguments_are_vllms() -> None:
     from scheduler.engine import EngineShape, engine_arguments
 
-    options = EngineOptions(DrafterOptions(Path("d"), ProposalOptions(4), 0.1))
+    options = EngineOptions(DrafterOptions(Path("d"), ProposalOptions(4)))
     arguments = engine_arguments(EngineShape(model="m"), options)
     known = inspect.signature(need("scheduler.engine", "vllm.engine.arg_utils:AsyncEngineArgs", "")).parameters
     assert sorted(set(arguments) - set(known)) == [], (

@@ -4,15 +4,24 @@ from pathlib import Path
 import pytest
 
 from drafter.options import PathSearch, ProposalOptions
-from scheduler.options import ADDITIONAL_CONFIG_KEY, DrafterOptions, EngineOptions, RecorderOptions
+from scheduler.options import ADDITIONAL_CONFIG_KEY, DrafterOptions, EngineOptions, RecorderOptions, TargetWeights
 
-PROPOSAL = ProposalOptions(5, PathSearch.BEAM, beam_width=2, max_passes=3, observe_threshold=0.7, stop_at_end=False)
+PROPOSAL = ProposalOptions(
+    5, PathSearch.BEAM, beam_width=2, max_passes=3, observe_threshold=0.7, stop_at_end=False, coupled_sampling=False
+)
 DRAFTER = DrafterOptions(Path("/drafters/d"), PROPOSAL, survival_floor=0.25)
 RECORDER = RecorderOptions(Path("/corpus"), layers=(2, 11, 30))
 
 
 @pytest.mark.parametrize(
-    "options", [EngineOptions(), EngineOptions(drafter=DRAFTER), EngineOptions(recorder=RECORDER)], ids=str
+    "options",
+    [
+        EngineOptions(),
+        EngineOptions(drafter=DRAFTER),
+        EngineOptions(recorder=RECORDER),
+        EngineOptions(weights=TargetWeights.INT8, instruction_set="avx2"),
+    ],
+    ids=str,
 )
 def test_options_survive_the_way_to_another_process(options: EngineOptions) -> None:
     travelled = json.loads(json.dumps(options.to_additional_config()))
@@ -22,7 +31,12 @@ def test_options_survive_the_way_to_another_process(options: EngineOptions) -> N
 def test_the_options_lie_under_a_key_of_their_own() -> None:
     config = EngineOptions(recorder=RECORDER).to_additional_config()
     assert config == {
-        "slipstream": {"drafter": None, "recorder": {"folder": "/corpus", "layers": (2, 11, 30)}, "weights": "exact"}
+        "slipstream": {
+            "drafter": None,
+            "recorder": {"folder": "/corpus", "layers": (2, 11, 30)},
+            "weights": "exact",
+            "instruction_set": "auto",
+        }
     }
     assert list(config) == [ADDITIONAL_CONFIG_KEY]
 

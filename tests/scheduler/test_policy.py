@@ -2,9 +2,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.policy import SurvivalFloor
+from scheduler.policy import ComingStep, SurvivalFloor
 
 PROBABILITY = st.floats(0, 1)
+
+
+def admitted(floor: float, survival: list[list[float]]) -> list[int]:
+    coming = ComingStep([str(row) for row in range(len(survival))], [9] * len(survival))
+    return SurvivalFloor(floor, 6).admit(coming, survival)
 
 
 @pytest.mark.parametrize(
@@ -12,24 +17,23 @@ PROBABILITY = st.floats(0, 1)
     [(0.0, [3, 0, 1]), (0.2, [3, 0, 0]), (0.5, [2, 0, 0]), (0.500001, [1, 0, 0]), (1.0, [0, 0, 0])],
 )
 def test_tokens_are_admitted_while_their_survival_is_at_least_the_floor(floor: float, expected: list[int]) -> None:
-    assert SurvivalFloor(floor).admit([[0.9, 0.5, 0.2], [], [0.1]]) == expected
+    assert admitted(floor, [[0.9, 0.5, 0.2], [], [0.1]]) == expected
 
 
 def test_a_certain_token_passes_every_floor() -> None:
-    assert SurvivalFloor(1.0).admit([[1.0, 1.0, 0.99]]) == [2]
+    assert admitted(1.0, [[1.0, 1.0, 0.99]]) == [2]
 
 
 def test_no_requests_admit_nothing() -> None:
-    assert SurvivalFloor(0.5).admit([]) == []
+    assert admitted(0.5, []) == []
 
 
 @given(PROBABILITY, st.lists(st.lists(PROBABILITY, max_size=6).map(lambda row: sorted(row, reverse=True)), max_size=5))
 def test_as_many_are_admitted_as_lie_above_the_floor(floor: float, survival: list[list[float]]) -> None:
-    assert SurvivalFloor(floor).admit(survival) == [sum(p >= floor for p in row) for row in survival]
+    assert admitted(floor, survival) == [sum(p >= floor for p in row) for row in survival]
 
 
 @given(st.lists(PROBABILITY, max_size=6), st.lists(PROBABILITY, max_size=6))
 def test_later_tokens_never_change_what_is_admitted_before_them(first: list[float], later: list[float]) -> None:
-    policy = SurvivalFloor(0.4)
-    (admitted,), (longer,) = policy.admit([first]), policy.admit([first + later])
-    assert admitted == min(longer, len(first))
+    (shorter,), (longer,) = admitted(0.4, [first]), admitted(0.4, [first + later])
+    assert shorter == min(longer, len(first))

@@ -3,7 +3,8 @@
 A token is drawn by the Gumbel-max trick: the arg-max of log-probabilities plus independent Gumbel noise has
 exactly the distribution of the probabilities. Because the noise depends on nothing but the request's seed, the
 token's position and the token's id, it does not matter in which step, in which batch or on which row of a verify
-pass a position is sampled: the same token comes out.
+pass a position is sampled: the same token comes out. For the same reason whoever drafts a token can know the noise
+that it will be checked with.
 """
 
 from hashlib import blake2b
@@ -42,9 +43,21 @@ def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) 
     Returns:
         ``[n, vocab_size]`` float64, finite everywhere.
     """
+    return noise_of_tokens(seeds, positions, torch.arange(vocab_size, device=seeds.device)[None])
+
+
+def noise_of_tokens(seeds: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """The noise of some tokens only: the very numbers that ``gumbel_noise`` has in their columns.
+
+    Args:
+        seeds, positions: as for ``gumbel_noise``.
+        token_ids: ``[n, k]`` int64, or ``[1, k]`` for the same tokens in every row.
+
+    Returns:
+        ``[n, k]`` float64.
+    """
     keys = _mix(_mix(seeds + _WEYL) + positions * _WEYL)
-    tokens = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=seeds.device)
-    bits = _mix(keys[:, None] + tokens[None] * _WEYL)
+    bits = _mix(keys[:, None] + (token_ids + 1) * _WEYL)
     # 52 bits, so that adding a half is exact and the result is never 0 or 1.
     uniform = ((bits >> 12) & 0xFFFFFFFFFFFFF).to(torch.float64).add_(0.5).mul_(2.0**-52)
     return uniform.log_().neg_().log_().neg_()

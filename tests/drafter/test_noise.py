@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.noise import gumbel_noise, request_seed, sample_rows
+from drafter.noise import gumbel_noise, noise_of_tokens, request_seed, sample_rows
 
 MASK = (1 << 64) - 1
 WEYL, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -158,6 +158,24 @@ def test_a_row_alone_draws_what_it_draws_in_a_batch(keys: list[tuple[int, int]])
 
 def test_a_larger_vocabulary_keeps_the_noise_of_the_smaller_one() -> None:
     assert torch.equal(noise(5, range(4), 9)[:, :5], noise(5, range(4), 5))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(INT64, st.integers(0, 5000)), min_size=1, max_size=5),
+    st.integers(0, 40),
+    st.integers(0, 1000),
+    st.booleans(),
+)
+def test_the_noise_of_some_tokens_has_the_bits_of_the_whole_rows(
+    keys: list[tuple[int, int]], count: int, seed: int, shared: bool
+) -> None:
+    """A drafter that knows only some tokens' noise has to know exactly that."""
+    seeds, positions = (torch.tensor(column) for column in zip(*keys, strict=True))
+    rows = 1 if shared else len(keys)
+    tokens = torch.randint(0, 3000, (rows, count), generator=torch.Generator().manual_seed(seed))
+    whole = gumbel_noise(seeds, positions, 3000)
+    assert torch.equal(noise_of_tokens(seeds, positions, tokens), whole.gather(1, tokens.expand(len(keys), -1)))
 
 
 def test_no_rows_draw_nothing() -> None:

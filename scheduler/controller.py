@@ -1,0 +1,181 @@
+"""How many draft tokens a step verifies, and whether the drafter runs at all; pure, no engine needed.
+
+A verified draft token costs time whether it is accepted or not, and what it costs depends on the load: next to nothing
+while a step is bound by reading the weights, its full share once it is bound by arithmetic. So draft tokens of all
+requests compete for a step together. They are admitted in the order of the probability that they are reached and
+accepted, for as long as expected emitted tokens per second rise, as in DSpark (arXiv 2607.05147); none at all is a
+legal answer. To trim by what the drafter said of a token that is then not verified does not touch the distribution
+here: what the target draws depends on seed, position and its own logits, never on what was drafted.
+
+Whether drafting is worth its own time is judged by what recent drafts would have brought to the coming batch.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduler.cost import StepLoad
+
+Floats = npt.NDArray[np.float64]
+
+# Drafts are judged by at least this many recent ones: a single draft says little.
+_RECENT_DRAFTS = 8
+# Steps without drafting after which one request is drafted for, to see whether it would pay again.
+_PROBE_INTERVAL = 24
+
+
+class StepCost(Protocol):
+    """What the controller asks of ``scheduler.cost.CostModel``."""
+
+    def seconds_by_tokens(self, tokens: npt.NDArray[np.int64], rest: StepLoad) -> Floats:
+        """Seconds of steps of so many tokens, otherwise like ``rest``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How a step is filled.
+
+    Attributes:
+        admitted: draft tokens to verify per request.
+        emitted: tokens that the step emits on expectation.
+        seconds: that it is expected to take, prompts aside.
+    """
+
+    admitted: list[int]
+    emitted: float
+    seconds: float
+
+
+def choose(survival: Floats, load: StepLoad, cost: StepCost) -> Choice:
+    """The draft tokens with which a step emits most tokens per second on expectation.
+
+    The time that prompts take is left out: it is the same whatever is admitted, and spread over it a useless token
+    would seem to cost nothing. What a row costs beside them is not.
+
+    Args:
+        survival: ``[requests, slots]`` probabilities that a draft token and all before it are accepted, falling along
+            each request, 0 where there is no draft token.
+        load: the step without draft tokens; every request emits one token in any case.
+        cost: of steps.
+    """
+    requests = len(survival)
+    candidates = survival[survival > 0]
+    candidates[::-1].sort()
+    tokens = load.tokens + np.arange(len(candidates) + 1)
+    emitted = np.empty(len(tokens))
+    emitted[0] = requests
+    np.cumsum(candidates, out=emitted[1:])
+    emitted[1:] += requests
+    seconds = cost.seconds_by_tokens(tokens, load)
+    if load.tokens > requests > 0:
+        alone = float(cost.seconds_by_tokens(np.array([requests]), load)[0])
+        seconds = seconds - max(float(seconds[0]) - alone, 0.0)
+    best = int(np.argmax(emitted / seconds))
+    return Choice(_first(survival, candidates, best), float(emitted[best]), float(seconds[best]))
+
+
+def _first(survival: Floats, candidates: Floats, count: int) -> list[int]:
+    """Draft tokens per request among the ``count`` likeliest of all; of equal ones those of earlier requests."""
+    if count == 0:
+        return [0] * len(survival)
+    least = candidates[count - 1]
+    admitted = (survival > least).sum(axis=1)
+    equal = (survival == least).sum(axis=1)
+    left = count - int(admitted.sum())
+    taken = np.minimum(equal, np.maximum(left - (equal.cumsum() - equal), 0))
+    result: list[int] = (admitted + taken).tolist()
+    return result
+
+
+class DraftController:
+    """Fills steps with draft tokens and says for whom to draft next.
+
+    Args:
+        cost: of steps.
+        slots: longest draft.
+        least: draft tokens that are verified at least, as far as they were drafted; from then on drafting never stops.
+    """
+
+    def __init__(self, cost: StepCost, slots: int, least: int = 0):
+        self._cost, self._slots, self._least = cost, slots, least
+        self._recent: deque[Floats] = deque(maxlen=_RECENT_DRAFTS)
+        self._latest: dict[str, Floats] = {}
+        self._undrafted_steps = 0
+        self._probing = False
+
+    def admit(self, request_ids: Sequence[str], survival: Floats, load: StepLoad) -> Choice:
+        """Choose what the next step verifies; for the arguments see ``choose``.
+
+        Args:
+            request_ids: whose rows ``survival`` has; rows of requests without drafts are all 0.
+        """
+        for request_id, row in zip(request_ids, survival, strict=True):
+            if row.any():
+                self._latest[request_id] = row
+                self._recent.append(row)
+        choice = choose(survival, load, self._cost)
+        least = 1 if self._probing else self._least
+        if least == 0:
+            return choice
+        counts = (survival > 0).sum(axis=1)
+        admitted = np.maximum(choice.admitted, np.minimum(counts, least))
+        return replace(choice, admitted=admitted.tolist())
+
+    def plan(self, request_ids: Sequence[str], load: StepLoad) -> list[int]:
+        """Longest drafts that are worth computing at the end of a step, for the step behind it.
+
+        Args:
+            request_ids: that can be drafted for.
+            load: of the step behind it without draft tokens; what it says of drafting is ignored.
+        """
+        requests = len(request_ids)
+        if requests == 0:
+            return []
+        self._probing = False
+        length = self._slots if len(self._recent) < _RECENT_DRAFTS else self._worthwhile_length(request_ids, load)
+        if length or self._least:
+            self._undrafted_steps = 0
+            return [max(length, self._least)] * requests
+        self._undrafted_steps += 1
+        if self._undrafted_steps < _PROBE_INTERVAL:
+            return [0] * requests
+        self._undrafted_steps = 0
+        self._probing = True
+        return [self._slots] + [0] * (requests - 1)
+
+    def finished(self, request_id: str) -> None:
+        """Forget a request."""
+        self._latest.pop(request_id, None)
+
+    def _worthwhile_length(self, request_ids: Sequence[str], load: StepLoad) -> int:
+        """The longest draft that would have been admitted, 0 if drafting costs more than it brings."""
+        plain = replace(load, drafted_requests=0, drafted_slots=0)
+        emitted = seconds = 0.0
+        longest = 0
+        for batch in self._scenarios(request_ids):
+            drafting = replace(load, drafted_requests=len(batch), drafted_slots=self._slots * len(batch))
+            choice = choose(batch, drafting, self._cost)
+            emitted, seconds = emitted + choice.emitted, seconds + choice.seconds
+            longest = max(longest, *choice.admitted)
+        without = float(self._cost.seconds_by_tokens(np.array([len(request_ids)]), plain)[0])
+        if longest == 0 or emitted / seconds <= len(request_ids) / without:
+            return 0
+        # One more than was worth verifying: how far drafts reach may grow again.
+        return min(longest + 1, self._slots)
+
+    def _scenarios(self, request_ids: Sequence[str]) -> list[Floats]:
+        """Batches as the coming one may look: each request's latest draft, or recent ones of any request."""
+        recent = list(self._recent)
+        batches = []
+        for start in range(0, _RECENT_DRAFTS, len(request_ids)):
+            rows = [recent[(start + i) % len(recent)] for i in range(len(request_ids))]
+            batches.append(np.stack(rows))
+        own = [self._latest[each] for each in request_ids if each in self._latest]
+        if len(own) == len(request_ids) >= _RECENT_DRAFTS:
+            return [np.stack(own)]
+        return batches
