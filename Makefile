@@ -16,21 +16,29 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& echo $$python && break; done)
 
+# Processes that run tests: one of them those of the engines that many tests share, the other the rest (tests/spread.py).
+# WORKERS=0 runs all tests in one process.
+WORKERS ?= 2
+
 # Where torch's CPU builds are published, for machines whose pip is not configured to find one.
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
 
-.PHONY: serve test test-full lint format setup kernels model clean
+.PHONY: serve test test-full ready lint format setup kernels model clean
 
 serve: kernels
 	@exec $(BIN)/slipstream serve --server.port $(PORT) $(ARGS)
 
-test: lint kernels model
-	$(BIN)/python -m pytest $(ARGS)
+test: ready
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-test-full: lint kernels model
-	SLIPSTREAM_TEST_FULL=1 $(BIN)/python -m pytest $(ARGS)
+test-full: ready
+	SLIPSTREAM_TEST_FULL=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+# Types and kernels take a core each for half a minute.
+ready: setup
+	@$(MAKE) --no-print-directory -j 2 lint kernels model
 
 lint: setup
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -343,13 +343,13 @@ def calibration_loads(
         )
     loads = [StepLoad(rows, 1, rows, 0, 0) for rows in _powers(max_tokens)]
     for requests in _powers(min(max_tokens, max_requests)):
-        batched = StepLoad(requests, requests, requests, 0, 0)
         verified = min(requests * (1 + block_slots), max_tokens)
-        loads += [batched, replace(batched, context_tokens=requests * context)]
+        short, long = verified, max(requests * context, verified)
+        loads += [StepLoad(requests, requests, cached, 0, 0) for cached in (short, long)]
         if block_slots:
-            drafting = replace(batched, drafted_requests=requests, drafted_slots=requests * block_slots)
-            shorter = replace(drafting, drafted_slots=requests * (block_slots - block_slots // 2))
-            loads += [drafting, shorter, replace(drafting, tokens=verified, context_tokens=requests * context)]
+            slots, fewer = requests * block_slots, requests * (block_slots - block_slots // 2)
+            loads += [StepLoad(requests, requests, short, requests, drafted) for drafted in (slots, fewer)]
+            loads.append(StepLoad(verified, requests, long, requests, slots))
     prior = CostModel(max_tokens)
     return sorted(dict.fromkeys(loads), key=prior.seconds)
 

@@ -16,12 +16,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENT = ".[cpu,dev]"
 OLDEST_PYTHON = (3, 11)
+
+# Older ones, as Python 3.11 brings along, take twice as long to choose and to unpack.
+PIP = "pip>=25"
 
 # They come in with vLLM. Where they were built for another torch they fail to import, and transformers with them.
 MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
@@ -77,6 +81,7 @@ def install(root: Path, cpu_index: str) -> None:
             _forget_half_installed(venv)
         unfinished.touch()
         _install_project(root, python, cpu_index, lock.fileno())
+        _compile(python)
         _remove_unimportable(python, MEDIA_PACKAGES)
         unfinished.unlink()
         stamp.write_text(wanted, encoding="utf-8")
@@ -149,7 +154,8 @@ def _forget_half_installed(venv: Path) -> None:
 def _install_project(root: Path, python: Path, cpu_index: str, lock: int) -> None:
     """Install with pip as the user configured it; failing that, with PyTorch's index of CPU builds beside it."""
     log = root / ".venv" / "slipstream-install.log"
-    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--no-compile"]
+    _run_pip([*command, PIP], root, log, lock)  # where that fails, the old one does it too
     # vLLM's CPU package asks for this very build of torch. Naming it first makes pip fail at once where it has none,
     # instead of after fetching a CUDA build of half a gigabyte.
     command += [cpu_torch(root), "-e", REQUIREMENT]
@@ -201,10 +207,20 @@ def _show(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _remove_unimportable(python: Path, packages: Iterable[str]) -> None:
-    broken = [
-        name for name in packages if _is_installed(python, name) and not _succeeds([python, "-c", f"import {name}"])
-    ]
+def _compile(python: Path) -> None:
+    """Compile the bytecode of all packages, on every core, where pip uses one and takes as long as for the rest.
+
+    Left to the first import it would slow down the first start, and show what the compiler warns of in them.
+    """
+    print("setup: compiling bytecode", file=sys.stderr, flush=True)
+    # It fails for templates, which are no Python yet; nothing imports those.
+    _succeeds([python, "-m", "compileall", "-q", "-j", "0", python.parent.parent / "lib"])
+
+
+def _remove_unimportable(python: Path, packages: Sequence[str]) -> None:
+    with ThreadPoolExecutor() as pool:
+        importable = list(pool.map(lambda name: _succeeds([python, "-c", f"import {name}"]), packages))
+    broken = [name for name, good in zip(packages, importable, strict=True) if not good and _is_installed(python, name)]
     if broken:
         print(f"setup: removing {', '.join(broken)}: they do not import beside this torch", file=sys.stderr)
         subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *broken], check=True)

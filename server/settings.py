@@ -73,7 +73,7 @@ class SpeculationSettings(_Section):
         0, "drafted tokens of a request that are verified whatever the load", unit="tokens", ge=0, le=32
     )
     policy: Literal["adaptive", "floor"] = _setting(
-        "floor", "how many drafted tokens are verified: as many as pay at the present load, or by survival_floor alone"
+        "adaptive", "how many drafted tokens are verified: as many as pay at the present load, or by survival_floor alone"
     )
     survival_floor: float = _setting(
         0.12,
@@ -87,7 +87,7 @@ class SpeculationSettings(_Section):
         "how a draft is picked: each token by itself, left to right with the drafter's Markov head, or the best of "
         "several paths under an n-gram model of the text so far",
     )
-    beam_width: int = _setting(3, "paths that a beam keeps", unit="paths", ge=1, le=16)
+    beam_width: int = _setting(1, "paths that a beam keeps", unit="paths", ge=1, le=16)
     max_passes: int = _setting(
         1, "passes over a draft: from the second on, unsure tokens are drafted again given the sure ones", ge=1, le=8
     )

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import httpx
@@ -101,3 +102,48 @@ class EngineServer:
         """``GET /v1/speculation``."""
         report: dict[str, Any] = json.loads(self.client.get("/v1/speculation").text)
         return report
+
+
+class SharedServer:
+    """One server for many tests: started when the first asks for it, and once more after a test has ended it.
+
+    Args:
+        folder: gets the logs.
+        flags: see ``EngineServer``.
+    """
+
+    def __init__(self, folder: Path, flags: Sequence[str]):
+        self._folder = folder
+        self._flags = flags
+        self._server: EngineServer | None = None
+        self._starts = 0
+        self._broken = False
+
+    def running(self) -> EngineServer:
+        """The server, ready for requests.
+
+        Raises:
+            RuntimeError: it did not start, now or before: that is tried once.
+        """
+        if self._broken:
+            raise RuntimeError(f"the server did not start for an earlier test, see {self._folder}")
+        if self._server is None or self._server.process.poll() is not None:
+            self._stop()
+            self._starts += 1
+            self._broken = True
+            self._server = EngineServer(self._folder / f"log-{self._starts}", self._flags)
+            self._server.wait()
+            self._broken = False
+        return self._server
+
+    def _stop(self) -> None:
+        if self._server is not None:
+            self._server.stop()
+
+    def __enter__(self) -> "SharedServer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()

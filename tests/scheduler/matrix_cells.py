@@ -53,6 +53,7 @@ class EngineSetup:
             f"--engine.instruction_set={self.instruction_set}",
             *(_ROOMY if self.reference else _CRAMPED),
             "--speculation.enabled" if self.drafting else "--no-speculation.enabled",
+            "--speculation.min_draft_tokens=1",  # drafts are to be verified at every load
         )
 
 

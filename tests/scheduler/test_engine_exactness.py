@@ -3,7 +3,7 @@
 import pytest
 
 from cuda_ext import ops
-from tests.engine_server import Completion, EngineServer
+from tests.engine_server import Completion, EngineServer, SharedServer
 
 _SUBJECTS = ("a lighthouse", "the ocean", "a small dog", "the moon", "an old clock", "a train", "the forest", "bread")
 _TASKS = (
@@ -39,9 +39,9 @@ def _ids(completions: list[Completion]) -> list[tuple[int, ...]]:
 
 
 @pytest.fixture(scope="module")
-def plain_answers(plain_server: EngineServer) -> list[Completion]:
+def plain_answers(shared_plain_server: SharedServer) -> list[Completion]:
     """What plain decoding says to the prompts, one request at a time."""
-    return plain_server.complete_all(_prompts(), concurrency=1)
+    return shared_plain_server.running().complete_all(_prompts(), concurrency=1)
 
 
 @needs_kernels

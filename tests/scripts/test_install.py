@@ -53,6 +53,17 @@ def test_a_project_that_moved_is_installed_again(tmp_path: Path) -> None:
     assert install.fingerprint(tmp_path / "here") != install.fingerprint(tmp_path / "there")
 
 
+def test_bytecode_of_everything_is_compiled_beside_templates_that_are_no_python(tmp_path: Path) -> None:
+    python, site = tmp_path / "bin" / "python", tmp_path / "lib" / "site-packages"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    (tmp_path / "lib").mkdir()
+    package(site, "good")
+    (site / "a_template.py").write_text("{{ no Python }}")
+    install._compile(python)
+    assert [path.name.split(".")[0] for path in (site / "__pycache__").iterdir()] == ["good"]
+
+
 def test_the_cpu_build_of_the_pinned_torch_is_asked_for() -> None:
     assert install.cpu_torch(install.ROOT) == "torch==2.13.0+cpu"
 

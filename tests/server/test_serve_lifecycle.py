@@ -1,14 +1,11 @@
-"""Starting and ending the real server; it is ended here, so it is not the shared one."""
+"""Starting and ending the real server: the shared ones, after all that other tests have asked of them."""
 
 import os
 import signal
 import time
-from pathlib import Path
 
 from bench.sessions import Member, session_members
 from tests.engine_server import EngineServer
-
-_FLAGS = ("--model.max_model_len=512", "--engine.kv_cache_gib=0.1", "--engine.max_num_seqs=4")
 
 
 def _members_left(session: int, seconds: float) -> tuple[Member, ...]:
@@ -19,29 +16,21 @@ def _members_left(session: int, seconds: float) -> tuple[Member, ...]:
     return left
 
 
-def test_start_block_then_sigterm_leaves_no_process(tmp_path: Path) -> None:
-    server = EngineServer(tmp_path / "log", _FLAGS)
-    try:
-        server.wait()
-        assert server.complete("Hello", max_tokens=4).text
-        printed = server.log.read_text()
-        for text in (f"http://127.0.0.1:{server.port}/v1", "smollm2-135m-instruct", "drafter", "curl "):
-            assert text in printed
-        assert "Traceback" not in printed
-        assert len(session_members(server.process.pid)) >= 2
-    finally:
-        code = server.stop()
-    assert code == 0
-    assert _members_left(server.process.pid, 10) == ()
+def test_start_block_then_sigterm_leaves_no_process(drafting_server: EngineServer) -> None:
+    assert drafting_server.complete("Hello", max_tokens=4).text
+    printed = drafting_server.log.read_text()
+    for text in (f"http://127.0.0.1:{drafting_server.port}/v1", "smollm2-135m-instruct", "drafter", "curl "):
+        assert text in printed
+    assert "Traceback" not in printed
+    session = drafting_server.process.pid
+    assert len(session_members(session)) >= 2
+    assert drafting_server.stop() == 0
+    assert _members_left(session, 10) == ()
 
 
-def test_sigkill_of_the_front_end_leaves_no_process(tmp_path: Path) -> None:
-    server = EngineServer(tmp_path / "log", _FLAGS)
-    try:
-        server.wait()
-        assert len(session_members(server.process.pid)) >= 2
-        os.kill(server.process.pid, signal.SIGKILL)
-        server.process.wait(10)
-        assert _members_left(server.process.pid, 10) == ()
-    finally:
-        server.stop()
+def test_sigkill_of_the_front_end_leaves_no_process(plain_server: EngineServer) -> None:
+    session = plain_server.process.pid
+    assert len(session_members(session)) >= 2
+    os.kill(session, signal.SIGKILL)
+    plain_server.process.wait(10)
+    assert _members_left(session, 10) == ()
