@@ -73,7 +73,7 @@ class SpeculationSettings(_Section):
         0, "drafted tokens of a request that are verified whatever the load", unit="tokens", ge=0, le=32
     )
     policy: Literal["adaptive", "floor"] = _setting(
-        "adaptive", "how many drafted tokens are verified: as many as pay at the present load, or by survival_floor alone"
+        "adaptive", "how many drafted tokens are verified: what pays at the present load, or by survival_floor alone"
     )
     survival_floor: float = _setting(
         0.12,

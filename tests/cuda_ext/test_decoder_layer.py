@@ -199,6 +199,14 @@ def test_requests_may_share_pages(operations: ModuleType) -> None:
 
 
 @EVERY_RECIPE
+def test_block_tables_may_be_part_of_wider_ones(operations: ModuleType, recipe: Recipe) -> None:
+    case = recipe.make()
+    tables = case["block_tables"]
+    part = torch.cat([tables, torch.full_like(tables, -7)], dim=1)[:, : tables.shape[1]]
+    check(operations, replace(case, arguments=case.arguments | {"block_tables": part}))
+
+
+@EVERY_RECIPE
 def test_what_one_request_holds_stays_in_it(operations: ModuleType, recipe: Recipe) -> None:
     """The caches' unused rows hold NaN in every test here; this one is about the rows themselves."""
     case = recipe.make()

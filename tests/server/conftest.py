@@ -23,7 +23,7 @@ def slipstream(tmp_path: Path) -> RunCommand:
             [sys.executable, "-m", "server.cli", *arguments],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,  # for a busy machine; nothing here takes half a minute by itself
             cwd=tmp_path,
             env={**clean, "PYTHONPATH": str(ROOT), **(environment or {})},
         )
