@@ -35,6 +35,8 @@ class AdaptivePolicy:
 
     def admit(self, coming: ComingStep, survival: Sequence[Sequence[float]]) -> list[int]:
         """See ``DraftPolicy``."""
+        if not any(survival):
+            return [0] * len(survival)
         confidences, counts = _conditional(survival, self._slots)
         context_lens = np.array(coming.context_lens, dtype=np.int64)
         calibrated = self.acceptance.survival(coming.request_ids, confidences, counts, context_lens)

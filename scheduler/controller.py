@@ -26,6 +26,8 @@ Floats = npt.NDArray[np.float64]
 _RECENT_DRAFTS = 8
 # Steps without drafting after which one request is drafted for, to see whether it would pay again.
 _PROBE_INTERVAL = 24
+# Steps for which a judgement on drafting holds, unless the number of requests changes: judging takes time itself.
+_JUDGEMENT_STEPS = 8
 
 
 class StepCost(Protocol):
@@ -107,6 +109,9 @@ class DraftController:
         self._latest: dict[str, Floats] = {}
         self._undrafted_steps = 0
         self._probing = False
+        self._judged_requests = 0
+        self._judged_length = 0
+        self._judgement_steps = 0
 
     def admit(self, request_ids: Sequence[str], survival: Floats, load: StepLoad) -> Choice:
         """Choose what the next step verifies; for the arguments see ``choose``.
@@ -137,7 +142,7 @@ class DraftController:
         if requests == 0:
             return []
         self._probing = False
-        length = self._slots if len(self._recent) < _RECENT_DRAFTS else self._worthwhile_length(request_ids, load)
+        length = self._slots if len(self._recent) < _RECENT_DRAFTS else self._judged(request_ids, load)
         if length or self._least:
             self._undrafted_steps = 0
             return [max(length, self._least)] * requests
@@ -151,6 +156,14 @@ class DraftController:
     def finished(self, request_id: str) -> None:
         """Forget a request."""
         self._latest.pop(request_id, None)
+
+    def _judged(self, request_ids: Sequence[str], load: StepLoad) -> int:
+        """``_worthwhile_length``, as of some steps ago."""
+        self._judgement_steps -= 1
+        if self._judgement_steps <= 0 or self._judged_requests != len(request_ids):
+            self._judged_requests, self._judgement_steps = len(request_ids), _JUDGEMENT_STEPS
+            self._judged_length = self._worthwhile_length(request_ids, load)
+        return self._judged_length
 
     def _worthwhile_length(self, request_ids: Sequence[str], load: StepLoad) -> int:
         """The longest draft that would have been admitted, 0 if drafting costs more than it brings."""
