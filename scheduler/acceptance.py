@@ -30,10 +30,9 @@ _SLOPE, _CONTEXT = (1.0, 0.5), (0.0, 0.3)
 _BASE_LOG_ODDS = math.log(0.7 / 0.3)
 _OFFSET_VARIANCE, _LEAST_OFFSET_VARIANCE, _MOST_OFFSET_VARIANCE = 0.5, 0.02, 4.0
 
-# How fast that is forgotten, in labels. Under the normal memory a calm workload is fitted closely; when labels
-# contradict the predictions, memory shrinks to as little as the shortest.
-_MEMORY, _SHORTEST_MEMORY, _REQUEST_MEMORY = 20_000.0, 20.0, 300.0
-_SURPRISE_WINDOW, _USUAL_SURPRISE, _SURPRISE_GAIN = 50.0, 4.0, 20.0
+# How fast that is forgotten, in labels, and how labels that contradict the predictions hasten it.
+_MEMORY, _REQUEST_MEMORY = 20_000.0, 300.0
+_SURPRISE_WINDOW, _USUAL_SURPRISE, _SURPRISE_GAIN, _MOST_HASTE = 50.0, 4.0, 20.0, 1_000.0
 _OFFSET_SHARE = 1 / 20  # of one finished request in the variance of offsets
 
 _ITERATIONS, _LONGEST_STEP, _SETTLED = 6, 2.0, 0.3  # of Newton's method; lengths in log odds
@@ -366,11 +365,13 @@ class _MixedRegression:
         if not total:
             return
         features = [np.broadcast_to(feature, weights.shape) for feature in features]
-        odds = self._sum(self._mean, self._offsets[rows], features, self._slots)
-        mean, covariance = self._drifted(total / self._memory(_probability(odds), outcomes, weights))
+        probability = _probability(self._sum(self._mean, self._offsets[rows], features, self._slots))
+        haste = self._haste(probability, outcomes, weights)
+        mean, covariance = self._drifted(total * haste / _MEMORY)
         kept = np.exp(-labels / _REQUEST_MEMORY)
         offset_means = kept * self._offsets[rows]
         offset_variances = self._offset_variance + kept**2 * (self._variances[rows] - self._offset_variance)
+        offset_variances /= haste**0.25  # a sudden change is more likely everybody's than this request's alone
         precision = np.linalg.inv(covariance)
 
         coefficients, offsets = mean.copy(), offset_means.copy()
@@ -414,8 +415,8 @@ class _MixedRegression:
             curvature[i, first:] = [np.vdot(product, feature) for feature in features]
         return curvature, np.vstack([information, *(product.sum(axis=0) for product in by_feature)])
 
-    def _memory(self, probability: Floats, outcomes: Floats, weights: Floats) -> float:
-        """Labels that count, fewer while the latest ones contradict their predictions.
+    def _haste(self, probability: Floats, outcomes: Floats, weights: Floats) -> float:
+        """How many times faster than usual to forget: 1, and more while the latest labels contradict predictions.
 
         Surprise is the squared sum of recent residuals over its variance: about 1 as long as the predictions hold. A
         filter without it follows a collapse either too late or, in calm times, every whim.
@@ -424,11 +425,10 @@ class _MixedRegression:
         self._residual = kept * self._residual + float(np.vdot(weights, outcomes - probability))
         self._information = kept * self._information + float(np.vdot(weights, probability * (1 - probability)))
         surprise = self._residual**2 / (self._information + 1)
-        haste = 1 + _SURPRISE_GAIN * max(0.0, surprise - _USUAL_SURPRISE)
-        return max(_MEMORY / haste, _SHORTEST_MEMORY)
+        return min(1 + _SURPRISE_GAIN * max(0.0, surprise - _USUAL_SURPRISE), _MOST_HASTE)
 
     def _drifted(self, elapsed: float) -> tuple[Floats, Floats]:
-        """Mean and covariance of the coefficients after ``elapsed`` memories."""
+        """Mean and covariance of the coefficients after ``elapsed`` memory lengths."""
         kept = math.exp(-elapsed)
         mean = self._prior_mean + kept * (self._mean - self._prior_mean)
         return mean, self._prior + kept**2 * (self._covariance - self._prior)
