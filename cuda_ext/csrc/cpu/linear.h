@@ -14,11 +14,13 @@ static constexpr int kPanelVectors = kPanel / kWidth;
 static constexpr int64_t kInputs = 128;  // inputs after which the next rows take their turn: their weights stay cached
 
 #if defined(__AVX512F__)
-static constexpr int kMostRows = 8;  // rows that a register block holds
-static constexpr int kFewRows = 4;   // up to here, twice the panels fit beside them
+static constexpr int kMostSums = 24;  // vectors of sums of a register block, beside weights and what widens them
+static constexpr int kMostRows = 8;   // rows of a register block
+static constexpr int kWidenings = 3;  // of a weight, that cost less than a copy of it
 #else
-static constexpr int kMostRows = 4;
-static constexpr int kFewRows = 2;
+static constexpr int kMostSums = 12;
+static constexpr int kMostRows = 6;
+static constexpr int kWidenings = 1;
 #endif
 
 // Walks down one panel. `seek` must be called at multiples of kBlock; `at` gives the weights of input k + i, where k is
@@ -172,15 +174,18 @@ SLIPSTREAM_INLINE int64_t multiply_rows(
 
 // Rows that a register block holds beside the weights of so many panels.
 template <int kPanels>
-inline constexpr int kRowsBeside = kPanels * kPanelVectors * kMostRows > 16 ? kFewRows : kMostRows;
+inline constexpr int kRowsBeside =
+    kPanels * kPanelVectors * kMostRows > kMostSums ? kMostSums / (kPanels * kPanelVectors) : kMostRows;
 
-// All rows in as few register blocks as possible: whole ones, and one for what is left.
+// All rows in register blocks of `size` rows, the last of them of one row less: a block of a row or two would wait for
+// its own sums.
 template <WeightFormat format, int kPanels, int kRows = kRowsBeside<kPanels>>
 static void multiply_all(
-    const LinearArgs& a, int64_t row, int64_t begin, int64_t end, Panel<format>* panels, const Target& target) {
-  row = multiply_rows<format, kRows, kPanels>(a, row, begin, end, panels, target);
+    const LinearArgs& a, int64_t row, int64_t size, int64_t begin, int64_t end, Panel<format>* panels,
+    const Target& target) {
+  if (size >= kRows) row = multiply_rows<format, kRows, kPanels>(a, row, begin, end, panels, target);
   if constexpr (kRows > 1) {
-    if (row < a.rows) multiply_all<format, kPanels, kRows - 1>(a, row, begin, end, panels, target);
+    if (row < a.rows) multiply_all<format, kPanels, kRows - 1>(a, row, size, begin, end, panels, target);
   }
 }
 
@@ -189,14 +194,16 @@ static void run_panels(const LinearArgs& a, int64_t first) {
   const Target target{a.output + first * kPanel, a.output_stride, a.out - first * kPanel};
   Panel<format> panels[kPanels];
   for (int p = 0; p < kPanels; ++p) panels[p] = Panel<format>(a.panels, first + p, a.in);
-  if (a.rows <= kRowsBeside<kPanels>) {
-    multiply_all<format, kPanels>(a, 0, 0, a.in, panels, target);
+  const int64_t blocks = (a.rows + kRowsBeside<kPanels> - 1) / kRowsBeside<kPanels>;
+  const int64_t size = (a.rows + blocks - 1) / blocks;
+  if (blocks == 1) {
+    multiply_all<format, kPanels>(a, 0, size, 0, a.in, panels, target);
     return;
   }
   for (int64_t begin = 0; begin < a.in; begin += kInputs) {
     const int64_t end = begin + kInputs < a.in ? begin + kInputs : a.in;
-    if constexpr (format == WeightFormat::kFloat32) {
-      multiply_all<format, kPanels>(a, 0, begin, end, panels, target);
+    if (format == WeightFormat::kFloat32 || blocks <= kWidenings) {
+      multiply_all<format, kPanels>(a, 0, size, begin, end, panels, target);
     } else {
       // Widened once for all rows.
       alignas(64) float wide[kPanels * kInputs * kPanel];
@@ -215,21 +222,38 @@ static void run_panels(const LinearArgs& a, int64_t first) {
       for (int p = 0; p < kPanels; ++p) {
         copies[p].data = reinterpret_cast<const char*>(wide + (p * kInputs - begin) * kPanel);
       }
-      multiply_all<WeightFormat::kFloat32, kPanels>(a, 0, begin, end, copies, target);
+      multiply_all<WeightFormat::kFloat32, kPanels>(a, 0, size, begin, end, copies, target);
     }
   }
 }
 
+// Panels that a register block reads at once. More of them share the loads of the inputs, fewer let it hold more rows
+// and so widen the weights less often; where one or the other pays was measured.
+template <WeightFormat format>
+static int panels_at_once(int64_t rows) {
+  if (kPanelVectors > 1) return rows <= 2 ? 2 : 1;
+  if (rows <= kRowsBeside<4>) return 4;
+  if (rows <= kRowsBeside<3>) return 3;
+  if (format == WeightFormat::kFloat32 || rows <= 2 * kRowsBeside<4>) return 4;
+  return rows <= kWidenings * kRowsBeside<3> ? 3 : 2;
+}
+
+template <WeightFormat format, int kPanels>
+static int64_t run_whole(const LinearArgs& a, int64_t panel, int64_t last) {
+  for (; panel + kPanels <= last; panel += kPanels) run_panels<format, kPanels>(a, panel);
+  return panel;
+}
+
 template <WeightFormat format>
 static void run_linear(const LinearArgs& a, int64_t first, int64_t last) {
-  constexpr int kWidest = 16 / (kFewRows * kPanelVectors);  // panels beside a few rows
+  const int at_once = panels_at_once<format>(a.rows);
   int64_t panel = first;
-  if (a.rows <= kFewRows) {
-    for (; panel + kWidest <= last; panel += kWidest) run_panels<format, kWidest>(a, panel);
-  } else if constexpr (kPanelVectors == 1) {
-    for (; panel + 2 <= last; panel += 2) run_panels<format, 2>(a, panel);
+  if constexpr (kPanelVectors == 1) {
+    if (at_once == 4) panel = run_whole<format, 4>(a, panel, last);
+    if (at_once == 3) panel = run_whole<format, 3>(a, panel, last);
   }
-  for (; panel < last; ++panel) run_panels<format, 1>(a, panel);
+  if (at_once == 2) panel = run_whole<format, 2>(a, panel, last);
+  run_whole<format, 1>(a, panel, last);
   if constexpr (format == WeightFormat::kInt8) {
     const int64_t end = last * kPanel < a.out ? last * kPanel : a.out;
     for (int64_t r = 0; r < a.rows; ++r) {
