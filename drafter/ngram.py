@@ -16,6 +16,7 @@ from drafter.types import TargetForward
 
 Tokens = npt.NDArray[np.int64]
 _Keys = npt.NDArray[np.uint64]
+_Columns = tuple[list[int], list[int], list[int], list[int], list[bool]]
 
 UNKNOWN = -1
 """Stands for a token, or a scope, that nobody saw: n-grams that reach into it count for nothing."""
@@ -194,13 +195,20 @@ class TextStream:
         self._texts: dict[str, _Text] = {}
         self._scopes = 0
 
-    def take(self, forward: TargetForward) -> None:
-        """Count what a target pass made final."""
+    def take(self, *forwards: TargetForward) -> None:
+        """Count what target passes made final, in this order."""
+        columns: _Columns = ([], [], [], [], [])
+        for forward in forwards:
+            self._collect(forward, columns)
+        before, last, tokens, scopes, shared = (np.array(column, dtype=np.int64) for column in columns)
+        self._ngrams.observe(before, last, tokens, scopes, shared.astype(np.bool_))
+
+    def _collect(self, forward: TargetForward, columns: _Columns) -> None:
+        """Append what a pass made final: the two tokens before, the token, its scope, and whether it is shared."""
         for request_id in forward.finished:
             self._texts.pop(request_id, None)
         token_ids, starts = forward.token_ids.cpu().numpy(), forward.row_starts.tolist()
         positions, lengths = forward.positions.cpu().numpy(), forward.context_lens.tolist()
-        columns: tuple[list[int], ...] = ([], [], [], [], [])
         for r, request_id in enumerate(forward.request_ids):
             start, first = starts[r], int(positions[starts[r]])
             text = self._text(request_id)
@@ -212,13 +220,14 @@ class TextStream:
                 # The accepted drafts before it are among the tokens that were run.
                 run.append(forward.sampled[r][-1])
             known = [text.before, text.last, *run]
-            repeated = ([text.scope] * len(run), [not forward.private[r]] * len(run))
-            for column, values in zip(columns, (known[:-2], known[1:-1], run, *repeated), strict=True):
-                column.extend(values)
+            before, last, tokens, scopes, shared = columns
+            before.extend(known[:-2])
+            last.extend(known[1:-1])
+            tokens.extend(run)
+            scopes.extend([text.scope] * len(run))
+            shared.extend([not forward.private[r]] * len(run))
             text.before, text.last = known[-2:]
             text.counted += len(run)
-        before, last, tokens, scopes, shared = (np.array(column, dtype=np.int64) for column in columns)
-        self._ngrams.observe(before, last, tokens, scopes, shared.astype(np.bool_))
 
     def context(self, request_ids: Sequence[str]) -> TextContext:
         """What stands before the last token of requests that are running; raises ``KeyError`` for others."""

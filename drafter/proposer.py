@@ -12,6 +12,7 @@ from drafter.checkpoint import Drafter, check_fits, load_drafter
 from drafter.denoise import BlockStarts, Denoised, denoise
 from drafter.layers import BlockContext
 from drafter.options import ProposalOptions
+from drafter.pending import PendingForwards, context_of
 from drafter.search import make_search
 from drafter.serving import ServingDrafter
 from drafter.thresholds import FixedThreshold, OneShotThresholds, PassRecord
@@ -44,7 +45,8 @@ class BlockDiffusionProposer:
 
     The paged cache holds the drafter's own keys and values for every token of context. It is indexed by the
     target's block table and slot mapping, so prefix-cache hits, preemption and chunked prefill of the target are
-    right for the drafter too, provided that every target pass is written, whether tokens are drafted or not.
+    right for the drafter too, provided that every target pass is written, whether tokens are drafted or not. It can be
+    written later, as only drafts read it.
     """
 
     def __init__(self, drafter: Drafter, options: ProposalOptions, source: str):
@@ -55,6 +57,7 @@ class BlockDiffusionProposer:
         if options.calibrated_threshold and options.max_passes > 1:
             self._calibration = OneShotThresholds(options.observe_threshold)
         self._thresholds = self._calibration or FixedThreshold(options.observe_threshold)
+        self._pending = PendingForwards()
         self._counters = DrafterCounters()
 
     @classmethod
@@ -84,14 +87,34 @@ class BlockDiffusionProposer:
 
     @torch.inference_mode()
     def propose(self, forward: TargetForward) -> Drafts:
-        """Write the pass's context K/V, then draft for every request that can still use a draft token."""
+        """Draft for every request that can still use a draft token.
+
+        The context K/V of a pass are written when something is drafted behind it, or several passes later.
+        """
         started = time.perf_counter()
-        features = self._write_context(forward)
+        if not self._pending.accepts(forward):
+            self.settle()
+        self._pending.add(forward)
+        rows = [r for r, tokens in enumerate(forward.sampled) if tokens and forward.draft_limits[r] > 0]
+        features = self.settle() if rows or self._pending.is_full else None
         written = time.perf_counter()
-        drafts = self._draft(forward, features)
+        self._calibrate(forward)
+        drafts = Drafts.none(len(forward.request_ids)) if features is None else self._draft(forward, features, rows)
         self._counters.context_seconds += written - started
         self._counters.seconds += time.perf_counter() - written
         return drafts
+
+    def settle(self) -> torch.Tensor | None:
+        """Write the context K/V of the passes that wait; the context features ``[T, hidden]`` of the last of them."""
+        forwards = self._pending.take()
+        if not forwards:
+            return None
+        hidden_states, positions, slot_mapping = context_of(forwards)
+        features = self._serving.context_features(hidden_states)
+        self._serving.write_context(features, positions, slot_mapping)
+        self._search.take(*forwards)
+        self._counters.context_tokens += len(features)
+        return features[-len(forwards[-1].positions) :]
 
     def command(self, name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         """``counters`` answers with ``DrafterCounters``."""
@@ -99,20 +122,15 @@ class BlockDiffusionProposer:
             return asdict(self._counters)
         raise ValueError(f"unknown command {name!r}: the drafter knows 'counters'")
 
-    def _write_context(self, forward: TargetForward) -> torch.Tensor:
-        hidden_states = torch.cat(list(forward.hidden_states), dim=-1).to(torch.float32)
-        features = self._serving.context_features(hidden_states)
-        self._serving.write_context(features, forward.positions, forward.slot_mapping)
-        self._counters.context_tokens += len(features)
-        return features
-
-    def _draft(self, forward: TargetForward, features: torch.Tensor) -> Drafts:
-        self._search.take(forward)
+    def _calibrate(self, forward: TargetForward) -> None:
+        """Tell what was emitted and who is done to what calibrates thresholds."""
         if self._calibration is not None:
             for request_id, sampled in zip(forward.request_ids, forward.sampled, strict=True):
                 self._calibration.emitted(request_id, sampled)
             self._calibration.finished(forward.finished)
-        rows = [r for r, tokens in enumerate(forward.sampled) if tokens and forward.draft_limits[r] > 0]
+
+    def _draft(self, forward: TargetForward, features: torch.Tensor, rows: list[int]) -> Drafts:
+        """Blocks for the requests ``rows``, from the context ``features`` of the pass."""
         drafts = Drafts.none(len(forward.request_ids))
         if not rows:
             return drafts

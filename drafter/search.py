@@ -23,8 +23,8 @@ _DRAWN = BeamOptions(width=1, mass=0.99, max_candidates=32)
 class DraftSearch(Protocol):
     """Sees every target pass, and picks the drafts behind it."""
 
-    def take(self, forward: TargetForward) -> None:
-        """Learn what a target pass made final."""
+    def take(self, *forwards: TargetForward) -> None:
+        """Learn what target passes made final."""
         ...
 
     def behind(self, forward: TargetForward, rows: Sequence[int]) -> PathSearcher:
@@ -39,7 +39,7 @@ class _Search(ABC):
         self._coupled = coupled
 
     @abstractmethod
-    def take(self, forward: TargetForward) -> None: ...
+    def take(self, *forwards: TargetForward) -> None: ...
 
     def behind(self, forward: TargetForward, rows: Sequence[int]) -> PathSearcher:
         sampled = [self._coupled and forward.sampling[row] is not None for row in rows]
@@ -67,8 +67,8 @@ class _Blind(_Search):
         self._searcher = searcher
         self._beam = BeamSearch(head, options=_DRAWN)
 
-    def take(self, forward: TargetForward) -> None:
-        del forward
+    def take(self, *forwards: TargetForward) -> None:
+        del forwards
 
     def _likeliest(self, forward: TargetForward, rows: Sequence[int]) -> PathSearcher:
         del forward, rows
@@ -88,8 +88,8 @@ class _Beam(_Search):
         self._likely_beam = BeamSearch(head, ngrams, BeamOptions(width))
         self._drawn_beam = BeamSearch(head, ngrams, _DRAWN)
 
-    def take(self, forward: TargetForward) -> None:
-        self._stream.take(forward)
+    def take(self, *forwards: TargetForward) -> None:
+        self._stream.take(*forwards)
 
     def _likeliest(self, forward: TargetForward, rows: Sequence[int]) -> PathSearcher:
         return self._search(self._likely_beam, forward, rows, None)

@@ -188,6 +188,10 @@ class Proposer(Protocol):
         """Take in what the target computed and return the next drafts."""
         ...
 
+    def settle(self) -> object:
+        """Write to the pages whatever of the passes has not been written yet: pages are about to be copied."""
+        ...
+
     def command(self, name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         """Answer a management call (counters, flushing); raises ``ValueError`` for an unknown ``name``."""
         ...

@@ -37,6 +37,7 @@ _OFFSET_SHARE = 1 / 20  # of one finished request in the variance of offsets
 
 _ITERATIONS, _LONGEST_STEP, _SETTLED = 6, 2.0, 0.3  # of Newton's method; lengths in log odds
 _BATCH = 256  # observations that are learnt from at once, at most
+_PATIENCE, _YOUNG = 8, 100  # predictions between lessons; and observations, up to which every prediction learns
 _WINDOW, _BINS = 2_000, 10  # of the reliability diagram
 
 
@@ -75,8 +76,8 @@ class AcceptanceModel:
     would be too high; there, and only there, the calibrated confidence stands in for the outcome of a slot that
     could have been reached but was not verified.
 
-    Observations are kept until the next prediction and then learnt in one go, see ``learn``. One model serves one
-    drafter and target; it is not safe for use by several threads.
+    Observations are kept and learnt in one go before every eighth prediction, see ``learn``: that takes longer than a
+    prediction. One model serves one drafter and target; it is not safe for use by several threads.
 
     Args:
         slots: draft tokens of the longest block.
@@ -97,6 +98,7 @@ class AcceptanceModel:
         self._free = list(range(requests - 1, -1, -1))
         self._population = requests  # the row of those without a history
         self._batch = _Batch(slots)
+        self._observations, self._predictions = 0, 0  # since the start, and since the last lesson
         self._predicted, self._accepted = np.empty(0), np.empty(0)
 
     def survival(
@@ -129,7 +131,9 @@ class AcceptanceModel:
             )
         _check_per_request("counts", counts, len(request_ids))
         _check_per_request("context_lens", context_lens, len(request_ids))
-        self.learn()
+        self._predictions += 1
+        if self._observations < _YOUNG or self._predictions >= _PATIENCE or self._batch.is_long(_PATIENCE):
+            self.learn()
         drafted = np.arange(width)[:, None] < counts
         by_slot = np.ascontiguousarray(confidences.T, dtype=np.float64)
         return self._survival(self._rows_of(request_ids), by_slot, drafted, _context(context_lens)).T
@@ -180,9 +184,10 @@ class AcceptanceModel:
                 f"{accepted} accepted of {verified} verified of {len(confidences)} drafted tokens; each must be at "
                 f"most the next, and the last at most {self._slots}"
             )
-        if self._batch.size == _BATCH or self._rows.get(request_id) in self._batch.members:
+        if self._batch.size == _BATCH:
             self.learn()
         row = self._admit(request_id)
+        self._observations += 1
         self._batch.add(confidences, (row, len(confidences), verified, accepted, context_len))
 
     def finished(self, request_id: str) -> None:
@@ -197,10 +202,11 @@ class AcceptanceModel:
         self._free.append(row)
 
     def learn(self) -> None:
-        """Take in what was observed; every prediction does so first.
+        """Take in what was observed.
 
         A caller that has time to spare between observing and predicting, while the device computes, can spend it here.
         """
+        self._predictions = 0
         if not self._batch.size:
             return
         confidences, numbers = self._batch.confidences, self._batch.numbers
@@ -283,11 +289,11 @@ class AcceptanceModel:
 
 
 class _Batch:
-    """Observations that wait to be learnt from, at most one of a request."""
+    """Observations that wait to be learnt from."""
 
     def __init__(self, slots: int):
         self.size = 0
-        self.members: set[int | None] = set()
+        self.members: set[int] = set()
         self._confidences = np.full((_BATCH, slots), np.nan)
         self._numbers = np.zeros((_BATCH, 5), dtype=np.int64)
 
@@ -297,6 +303,10 @@ class _Batch:
         self._numbers[self.size] = numbers
         self.members.add(numbers[0])
         self.size += 1
+
+    def is_long(self, each: int) -> bool:
+        """Whether there are on average ``each`` drafts of a request."""
+        return self.size >= each * len(self.members) > 0
 
     @property
     def confidences(self) -> Floats:
@@ -352,20 +362,23 @@ class _MixedRegression:
         self._variances[-1] = self._offset_variance
 
     def learn(self, features: Sequence[Floats], outcomes: Floats, weights: Floats, rows: Integers) -> None:
-        """Take in labels of different requests.
+        """Take in the labels of N drafts.
 
         Args:
-            features: each ``[slots, R]`` or ``[1, R]``.
-            outcomes: ``[slots, R]``, 1 for accepted; shares of 1 count as such.
-            weights: ``[slots, R]``, 0 where there is no label.
-            rows: ``[R]``, each once.
+            features: each ``[slots, N]`` or ``[1, N]``.
+            outcomes: ``[slots, N]``, 1 for accepted; shares of 1 count as such.
+            weights: ``[slots, N]``, 0 where there is no label.
+            rows: ``[N]``, whose drafts they are.
         """
-        labels = weights.sum(axis=0)
+        drafts = rows
+        rows, of_draft = np.unique(drafts, return_inverse=True)
+        requests = (np.arange(len(rows)) == of_draft[:, None]).astype(np.float64)  # [N, R], whose draft is which
+        labels = weights.sum(axis=0) @ requests
         total = float(labels.sum())
         if not total:
             return
         features = [np.broadcast_to(feature, weights.shape) for feature in features]
-        probability = _probability(self._sum(self._mean, self._offsets[rows], features, self._slots))
+        probability = _probability(self._sum(self._mean, self._offsets[drafts], features, self._slots))
         haste = self._haste(probability, outcomes, weights)
         mean, covariance = self._drifted(total * haste / _MEMORY)
         kept = np.exp(-labels / _REQUEST_MEMORY)
@@ -376,18 +389,19 @@ class _MixedRegression:
 
         coefficients, offsets = mean.copy(), offset_means.copy()
         for _ in range(_ITERATIONS):
-            probability = _probability(self._sum(coefficients, offsets, features, self._slots))
+            probability = _probability(self._sum(coefficients, offsets[of_draft], features, self._slots))
             residual = weights * (outcomes - probability)
             curvature, shared = self._curvature(weights * probability * (1 - probability), features)
+            shared = shared @ requests
             own = shared[: self._slots].sum(axis=0) + 1 / offset_variances
-            pull = residual.sum(axis=0) + (offset_means - offsets) / offset_variances
+            pull = residual.sum(axis=0) @ requests + (offset_means - offsets) / offset_variances
             slope = np.concatenate([residual.sum(axis=1), [np.vdot(residual, feature) for feature in features]])
             slope += precision @ (mean - coefficients)
             eliminated = shared / own
             covariance = np.linalg.inv(precision + curvature - eliminated @ shared.T)
             step = covariance @ (slope - eliminated @ pull)
             offset_step = (pull - shared.T @ step) / own
-            moved = np.abs(self._sum(step, offset_step, features, self._slots) * (weights > 0)).max()
+            moved = np.abs(self._sum(step, offset_step[of_draft], features, self._slots) * (weights > 0)).max()
             scale = min(1.0, _LONGEST_STEP / max(moved, _LONGEST_STEP))
             coefficients += scale * step
             offsets += scale * offset_step
@@ -405,7 +419,7 @@ class _MixedRegression:
         return total
 
     def _curvature(self, information: Floats, features: Sequence[Floats]) -> tuple[Floats, Floats]:
-        """Second derivatives of the loss, ``[coefficients, coefficients]`` and ``[coefficients, R]`` with offsets."""
+        """Second derivatives of the loss, ``[coefficients, coefficients]`` and ``[coefficients, N]`` with offsets."""
         first = self._slots
         curvature = np.zeros((len(self._mean), len(self._mean)))
         curvature[range(first), range(first)] = information.sum(axis=1)

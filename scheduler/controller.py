@@ -11,7 +11,7 @@ Whether drafting is worth its own time is judged by what recent drafts would hav
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -113,16 +113,18 @@ class DraftController:
         self._judged_length = 0
         self._judgement_steps = 0
 
-    def admit(self, request_ids: Sequence[str], survival: Floats, load: StepLoad) -> Choice:
-        """Choose what the next step verifies; for the arguments see ``choose``.
+    def admit(self, survival: Floats, drafted: Mapping[str, Floats], load: StepLoad) -> Choice:
+        """Choose what the next step verifies.
 
         Args:
-            request_ids: whose rows ``survival`` has; rows of requests without drafts are all 0.
+            survival: see ``choose``.
+            drafted: ``[slots]`` survival of what was drafted, by request; 0 where something better was found for
+                nothing. Whether to draft for coming steps is judged by it.
+            load: see ``choose``.
         """
-        for request_id, row in zip(request_ids, survival, strict=True):
-            if row.any():
-                self._latest[request_id] = row
-                self._recent.append(row)
+        for request_id, row in drafted.items():
+            self._latest[request_id] = row
+            self._recent.append(row)
         choice = choose(survival, load, self._cost)
         least = 1 if self._probing else self._least
         if least == 0:

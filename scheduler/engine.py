@@ -87,7 +87,8 @@ def start_engine(arguments: dict[str, Any], history: SpeculationHistory | None =
     """Start the engine's processes and wait until they can serve; ``history`` then counts speculation."""
     # Ours extends vLLM's first model runner; without drafting vLLM might choose the second one, past our sampler.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    loggers = [partial(SpeculationStatLogger, history=history)] if history is not None else None
+    # Always there: vLLM's own loggers cannot read our part of the statistics, which this one takes out.
+    loggers = [partial(SpeculationStatLogger, history=history)]
     config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
     if current_platform.is_cpu() and _openmp_survives_forks(os.environ):
         # vLLM's CPU platform has just asked for a fresh interpreter, which would spend seconds on importing again what

@@ -9,6 +9,7 @@ from typing import Any
 from drafter.options import PathSearch, ProposalOptions
 
 ADDITIONAL_CONFIG_KEY = "slipstream"
+_POLICY_FILES = ("cost_file", "trace_file")
 
 
 class TargetWeights(StrEnum):
@@ -30,19 +31,51 @@ class TargetWeights(StrEnum):
         return self in (TargetWeights.BFLOAT16, TargetWeights.INT8)
 
 
+class PolicyName(StrEnum):
+    """How draft lengths are chosen.
+
+    ``ADAPTIVE``: what pays at the present load. ``FLOOR``: what is likely enough to be reached. ``FIXED``: everything.
+    ``ADL``: by each request's recent lengths, as DiffuSpec does.
+    """
+
+    ADAPTIVE = "adaptive"
+    FLOOR = "floor"
+    FIXED = "fixed"
+    ADL = "adl"
+
+
 @dataclass(frozen=True, slots=True)
-class DrafterOptions:
-    """Draft with the block-diffusion checkpoint in ``checkpoint``.
+class PolicyOptions:
+    """How draft tokens are chosen from what is offered.
 
     Attributes:
-        min_draft_tokens: verified in any case, as far as they were drafted.
-        survival_floor: instead of following acceptance and load, verify what is at least this likely to be reached.
+        name: of the policy.
+        min_draft_tokens: that ``ADAPTIVE`` verifies in any case, as far as they were drafted.
+        survival_floor: with ``FLOOR``, the probability of being reached from which a token is verified.
+        repetition: draft from the request's own text too.
+        cost_file: where ``ADAPTIVE`` keeps what it learned of step times; ``None`` forgets it.
+        cost_identity: what these times depend on, so that those of another machine or model are never taken for them.
+        calibrate: learn step times from steps of the engine's own before the first request, where none are known.
+        trace_file: where every draft and how it fared is recorded; ``None`` records nothing.
     """
+
+    name: PolicyName = PolicyName.ADAPTIVE
+    min_draft_tokens: int = 0
+    survival_floor: float = 0.0
+    repetition: bool = True
+    cost_file: Path | None = None
+    cost_identity: str = ""
+    calibrate: bool = False
+    trace_file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterOptions:
+    """Draft with the block-diffusion checkpoint in ``checkpoint``."""
 
     checkpoint: Path
     proposal: ProposalOptions
-    min_draft_tokens: int = 0
-    survival_floor: float | None = None
+    policy: PolicyOptions = PolicyOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +103,8 @@ class EngineOptions:
         plain = asdict(self)
         if self.drafter:
             plain["drafter"]["checkpoint"] = str(self.drafter.checkpoint)
+            policy = plain["drafter"]["policy"]
+            policy |= {name: str(policy[name]) for name in _POLICY_FILES if policy[name]}
         if self.recorder:
             plain["recorder"]["folder"] = str(self.recorder.folder)
         return {ADDITIONAL_CONFIG_KEY: plain}
@@ -88,9 +123,12 @@ class EngineOptions:
 
 
 def _drafter(plain: Mapping[str, Any]) -> DrafterOptions:
-    return DrafterOptions(
-        **{**plain, "checkpoint": Path(plain["checkpoint"]), "proposal": _proposal(plain["proposal"])}
-    )
+    return DrafterOptions(Path(plain["checkpoint"]), _proposal(plain["proposal"]), _policy(plain["policy"]))
+
+
+def _policy(plain: Mapping[str, Any]) -> PolicyOptions:
+    files = {name: Path(plain[name]) for name in _POLICY_FILES if plain[name]}
+    return PolicyOptions(**{**plain, **files, "name": PolicyName(plain["name"])})
 
 
 def _proposal(plain: Mapping[str, Any]) -> ProposalOptions:

@@ -54,6 +54,8 @@ class SlipstreamModelRunner(BaseModelRunner):
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         self._finished.extend(scheduler_output.finished_req_ids)
+        if scheduler_output.kv_cache_block_copies and self._host is not None:
+            self._host.proposer.settle()
         if isinstance(scheduler_output, DraftingSchedulerOutput):
             self._private |= scheduler_output.private_requests
         for request_id in scheduler_output.finished_req_ids:
@@ -130,8 +132,8 @@ class SlipstreamModelRunner(BaseModelRunner):
             request_ids=request_ids,
             row_starts=torch.from_numpy(np.concatenate([[0], lengths.cumsum()])).to(self.device),
             token_ids=self.input_ids.gpu[:total].long(),
-            positions=self.positions[:total],
-            slot_mapping=table.slot_mapping.gpu[:total],
+            positions=self.positions[:total].clone(),  # the proposer may keep what the next step overwrites
+            slot_mapping=table.slot_mapping.gpu[:total].clone(),
             block_table=table.get_device_tensor(num_reqs),
             hidden_states=[h[:total] for h in hidden_states],
             context_lens=torch.from_numpy(context_lens.astype(np.int64)).to(self.device),

@@ -6,13 +6,24 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from scheduler.adaptive import AdaptivePolicy
-from scheduler.options import DrafterOptions, EngineOptions
-from scheduler.policy import ComingStep, DraftPolicy, SurvivalFloor
+from scheduler.calibration import CalibrationPolicy
+from scheduler.draft_limit import requested_draft_limit
+from scheduler.health import HealthGuard
+from scheduler.ledger import SpeculationLedger
+from scheduler.options import EngineOptions
+from scheduler.policies import keep_costs, make_policy
+from scheduler.policy import ComingStep, DraftPolicy, Offer, Source
+from scheduler.repetition import NO_REPETITION, GrowingText, Repetition, RepetitionDrafts
 from scheduler.step_watch import StepWatch
-from scheduler.vllm_types import DraftingSchedulerOutput, SurvivalDraftTokenIds
+from scheduler.vllm_calibration import Calibration
+from scheduler.vllm_repetition import NgramMatcher
+from scheduler.vllm_types import DraftingSchedulerOutput, SurvivalDraftTokenIds, attach_speculation
+
+_STEPS_BETWEEN_SAVES = 4096
 
 
 class SlipstreamScheduler(Scheduler):
@@ -20,18 +31,49 @@ class SlipstreamScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        options = EngineOptions.from_additional_config(dict(self.vllm_config.additional_config))
-        self._policy = self._make_policy(options.drafter) if options.drafter else None
+        drafter = EngineOptions.from_additional_config(dict(self.vllm_config.additional_config)).drafter
+        self._policy: HealthGuard | None = None
+        self._repetition: RepetitionDrafts | None = None
+        self._calibration: Calibration | None = None
+        self._ledger = SpeculationLedger(self.num_spec_tokens)
         self._watch = StepWatch()
+        self._steps = 0
+        if drafter:
+            self._options = drafter.policy
+            policy = make_policy(self._options, self.num_spec_tokens, self.max_num_scheduled_tokens)
+            self._policy = HealthGuard(policy, self.num_spec_tokens)
+            matcher = NgramMatcher() if self._options.repetition else None
+            self._repetition = RepetitionDrafts(matcher) if matcher else None
+            self._calibrate(policy, matcher)
         if self.num_spec_tokens:
             # With a table vLLM does not pad a one-token admission with fake drafts, which would be counted as
             # drafts and sampled under other rules. The table itself changes nothing: one length for every batch.
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
 
-    def _make_policy(self, drafter: DrafterOptions) -> DraftPolicy:
-        if drafter.survival_floor is not None:
-            return SurvivalFloor(drafter.survival_floor, self.num_spec_tokens)
-        return AdaptivePolicy(self.num_spec_tokens, drafter.min_draft_tokens, self.max_num_scheduled_tokens)
+    def _calibrate(self, policy: DraftPolicy, matcher: NgramMatcher | None) -> None:
+        """Begin to learn step times where none are known; what runs in the background would be measured with them."""
+        if self._options.calibrate and isinstance(policy, AdaptivePolicy) and not policy.cost.observations:
+            if matcher is not None:
+                matcher.wait()
+            exploring = CalibrationPolicy(policy.cost, self.num_spec_tokens, self.max_num_running_reqs)
+            self._calibration = Calibration(self, exploring, self.block_size)
+            self._calibration.advance(super().add_request)
+
+    @property
+    def _present_policy(self) -> DraftPolicy | None:
+        return self._policy if self._calibration is None else self._calibration.policy
+
+    def add_request(self, request: Request) -> None:
+        """Take in a request; nobody waits for a calibration."""
+        if self._calibration is not None:
+            self._calibration.stop()
+            self._calibration = None
+        super().add_request(request)
+
+    def shutdown(self) -> None:
+        """Keep what was learned, then let vLLM clean up."""
+        self._keep_costs()
+        super().shutdown()
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's choice of what to run, with what the proposer has to know of it.
@@ -39,31 +81,68 @@ class SlipstreamScheduler(Scheduler):
         A cache salt keeps a request's text from others, our drafts included.
         """
         self._report_step()
+        if self._calibration is not None and not self._calibration.advance(super().add_request):
+            self._calibration = None
+            self._keep_costs()
+        policy = self._present_policy
         output = super().schedule(*args, **kwargs)
-        if self._policy is None or not output.total_num_scheduled_tokens:
+        for request_id in output.finished_req_ids:  # every one passes here once, aborted ones too
+            self._forget(request_id)
+        if policy is None or not output.total_num_scheduled_tokens:
             return output
         new = [request.req_id for request in output.scheduled_new_reqs]
         private = frozenset(request_id for request_id in new if self.requests[request_id].cache_salt)
         coming = self._coming_step()
-        lengths = dict(zip(coming.request_ids, self._policy.plan(coming), strict=True))
+        lengths = dict(zip(coming.request_ids, policy.plan(coming), strict=True))
+        if self._calibration is None:
+            self._ledger.planned(list(lengths.values()))
         scheduled = output.num_scheduled_tokens
         context_tokens = sum(self.requests[request_id].num_computed_tokens for request_id in scheduled)
         self._watch.start(output.total_num_scheduled_tokens, len(scheduled), context_tokens)
         return DraftingSchedulerOutput.of(output, private, lengths)
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
-        """Trim the drafts, then let vLLM check them against grammars and attach them to their requests."""
-        if self._policy is not None and isinstance(draft_token_ids, SurvivalDraftTokenIds):
+        """Choose among the drafts and trim them; vLLM checks them against grammars and attaches them to requests."""
+        policy = self._present_policy
+        if policy is not None and isinstance(draft_token_ids, SurvivalDraftTokenIds):
             self._watch.drafted([len(tokens) for tokens in draft_token_ids.draft_token_ids])
-            coming = self._coming_step()
-            drafted = dict(zip(draft_token_ids.req_ids, draft_token_ids.survival, strict=True))
-            survival = [drafted.get(request_id, []) for request_id in coming.request_ids]
-            admitted = dict(zip(coming.request_ids, self._policy.admit(coming, survival), strict=True))
-            draft_token_ids.draft_token_ids = [
-                tokens[: admitted.get(request_id, 0)]
-                for request_id, tokens in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True)
-            ]
+            draft_token_ids = self._chosen(policy, draft_token_ids)
         super().update_draft_token_ids(draft_token_ids)
+
+    def _chosen(self, policy: DraftPolicy, drafted: SurvivalDraftTokenIds) -> DraftTokenIds:
+        """The draft tokens that the coming step verifies, of all requests that decode in it."""
+        coming = self._coming_step()
+        repetitions = self._repetitions(coming)
+        rows = {request_id: row for row, request_id in enumerate(drafted.req_ids)}
+        sources: list[tuple[list[int], list[int]]] = []
+        offers: list[Offer] = []
+        for request_id, limit in zip(coming.request_ids, coming.draft_limits, strict=True):
+            row = rows.get(request_id)
+            tokens, survival = ([], []) if row is None else (drafted.draft_token_ids[row], drafted.survival[row])
+            repetition = repetitions.get(request_id, NO_REPETITION)
+            sources.append((tokens, repetition.token_ids))
+            offers.append(Offer((survival[:limit], repetition.survival)))
+        admissions = policy.admit(coming, offers)
+        if self._calibration is None:
+            self._ledger.drafted(Source.DRAFTER, sum(map(len, drafted.draft_token_ids)))
+            self._ledger.drafted(Source.REPETITION, sum(len(each.token_ids) for each in repetitions.values()))
+            for request_id, admission in zip(coming.request_ids, admissions, strict=True):
+                self._ledger.admitted(request_id, admission.source, admission.tokens, admission.survival)
+        chosen = {
+            request_id: tokens[admission.source][: admission.tokens]
+            for request_id, tokens, admission in zip(coming.request_ids, sources, admissions, strict=True)
+        }
+        return DraftTokenIds(list(chosen), list(chosen.values()))
+
+    def _repetitions(self, coming: ComingStep) -> dict[str, Repetition]:
+        if self._repetition is None or self._calibration is not None:
+            return {}
+        return self._repetition.drafts(
+            [
+                GrowingText(request_id, self.requests[request_id].all_token_ids, limit)
+                for request_id, limit in zip(coming.request_ids, coming.draft_limits, strict=True)
+            ]
+        )
 
     def _coming_step(self) -> ComingStep:
         """The step behind the one that was scheduled last, as far as it is known."""
@@ -75,13 +154,33 @@ class SlipstreamScheduler(Scheduler):
             [request.request_id for request in decoding],
             [request.num_computed_tokens for request in decoding],
             max(min(unread, self.max_num_scheduled_tokens - len(decoding)), 0),
+            [self._draft_limit(request) for request in decoding],
         )
+
+    def _draft_limit(self, request: Request) -> int:
+        """Draft tokens that can still be emitted: a step emits one token more than it accepts."""
+        room = min(request.max_tokens - request.num_output_tokens, self.max_model_len - request.num_tokens) - 1
+        params = request.sampling_params
+        requested = requested_draft_limit(params.extra_args) if params is not None else None
+        return max(min(room, self.num_spec_tokens if requested is None else min(requested, self.num_spec_tokens)), 0)
 
     def _report_step(self) -> None:
         """Tell the policy how long the last step took; only now is it known what was drafted behind it."""
-        taken = self._watch.take()
-        if taken is not None and self._policy is not None:
-            self._policy.step_took(*taken)
+        taken, policy = self._watch.take(), self._present_policy
+        if taken is None or policy is None:
+            return
+        load, seconds = taken
+        predicted = policy.predicted_seconds(load)
+        policy.step_took(load, seconds)
+        if self._calibration is not None:
+            return
+        self._ledger.step_took(seconds, predicted)
+        if self._ledger.judgement_due:
+            errors = policy.errors()
+            self._ledger.judged(errors.step_time, errors.calibration)
+        self._steps += 1
+        if self._steps % _STEPS_BETWEEN_SAVES == 0:
+            self._keep_costs()
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -93,12 +192,11 @@ class SlipstreamScheduler(Scheduler):
         the average. Here every decode step of a request counts as one verify step.
         """
         self._watch.stop()
-        decoding = {r.request_id for r in self.running if r.num_output_tokens > 0} if self.num_spec_tokens else set()
+        decoding = {request.request_id for request in self.running if request.num_output_tokens > 0}
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        if self._policy is not None:
-            for request_id in self.finished_req_ids:
-                self._policy.finished(request_id)
-        if not decoding:
+        if self._calibration is not None:
+            return {}
+        if self._policy is None:
             return outputs
         stats = SpecDecodingStats.new(self.num_spec_tokens)
         for output in outputs.values():
@@ -107,8 +205,26 @@ class SlipstreamScheduler(Scheduler):
                     drafts = len(scheduler_output.scheduled_spec_decode_tokens.get(request.request_id, ()))
                     accepted = min(len(request.new_token_ids) - 1, drafts)
                     stats.observe_draft(drafts, accepted)
-                    if self._policy is not None and not request.finished:
-                        self._policy.verified(request.request_id, drafts, accepted)
+                    self._note(self._policy, request.request_id, drafts, accepted, request.finished)
             if output.scheduler_stats is not None:
                 output.scheduler_stats.spec_decoding_stats = stats if stats.num_drafts else None
+                attach_speculation(output.scheduler_stats, self._ledger.snapshot())
         return outputs
+
+    def _note(self, policy: HealthGuard, request_id: str, drafts: int, accepted: int, ended: bool) -> None:
+        """A request verified ``drafts`` tokens; where its answer ended, how many are right is not known."""
+        self._ledger.verified(request_id, drafts, accepted, ended)
+        if not ended:
+            policy.verified(request_id, drafts, accepted)
+            self._ledger.drafter_works(policy.health.is_healthy)
+
+    def _keep_costs(self) -> None:
+        if self._policy is not None:
+            keep_costs(self._options, self._policy.inner)
+
+    def _forget(self, request_id: str) -> None:
+        self._ledger.finished(request_id)
+        if self._policy is not None:
+            self._policy.finished(request_id)
+        if self._repetition is not None:
+            self._repetition.finished(request_id)

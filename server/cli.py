@@ -18,6 +18,7 @@ COMMANDS = {
     "align": "train a drafter for a target on the target's own answers",
     "bench": "measure decoding methods side by side over the same prompts",
     "bench-kernels": "measure the compiled kernels beside PyTorch's operators",
+    "simulate": "replay recorded drafts under several policies, on the step times of any machine",
     "doctor": "say what was found on this machine and which code paths will be used",
 }
 

@@ -26,6 +26,7 @@ from server.preflight import (
 )
 from server.progress import ProgressBar
 from server.settings import Settings
+from server.step_times import step_times_file, step_times_identity
 
 if TYPE_CHECKING:
     import uvicorn
@@ -118,9 +119,10 @@ def _start_engine(served: Served, history: "SpeculationHistory", output: EngineO
 
 
 def _engine_shape(served: Served) -> Any:
+    from cuda_ext.library import library_path
     from drafter.options import PathSearch, ProposalOptions
     from scheduler.engine import EngineShape
-    from scheduler.options import DrafterOptions, EngineOptions
+    from scheduler.options import DrafterOptions, EngineOptions, PolicyName, PolicyOptions
 
     model, engine, speculation = served.settings.model, served.settings.engine, served.settings.speculation
     shape = EngineShape(
@@ -149,16 +151,28 @@ def _engine_shape(served: Served) -> Any:
         stop_at_end=speculation.stop_at_end,
         coupled_sampling=speculation.coupled_sampling,
     )
-    floor = speculation.survival_floor if speculation.policy == "floor" else None
-    drafter = DrafterOptions(served.drafter, proposal, speculation.min_draft_tokens, floor)
+    identity = step_times_identity(served.settings, served.model, served.drafter, library_path("cpu").name)
+    policy = PolicyOptions(
+        name=PolicyName(speculation.policy),
+        min_draft_tokens=speculation.min_draft_tokens,
+        survival_floor=speculation.survival_floor,
+        repetition=speculation.repetition,
+        cost_file=step_times_file(model.cache_dir, identity),
+        cost_identity=identity,
+        calibrate=True,
+    )
+    drafter = DrafterOptions(served.drafter, proposal, policy)
     return shape, EngineOptions(drafter, weights=weights, instruction_set=engine.instruction_set)
 
 
 async def _http_server(served: Served, engine: "AsyncLLM", history: "SpeculationHistory") -> "uvicorn.Server":
     import uvicorn
+    from prometheus_client import REGISTRY
 
-    from server.app import SpeculationSource, build
-    from server.vllm_adapter import build_openai_app, drafter_counters, lifespan_of
+    from server.app import build
+    from server.metrics import SpeculationCollector
+    from server.speculation_report import SpeculationSource
+    from server.vllm_adapter import build_openai_app, lifespan_of
 
     settings = served.settings
     openai_app = await build_openai_app(engine, str(served.model), served.names)
@@ -166,8 +180,8 @@ async def _http_server(served: Served, engine: "AsyncLLM", history: "Speculation
         drafter=served.drafter.name if served.drafter else None,
         max_draft_tokens=settings.speculation.max_draft_tokens if served.drafter else 0,
         history=history,
-        drafter_counters=lambda: drafter_counters(engine),
     )
+    REGISTRY.register(SpeculationCollector(speculation))  # where vLLM registers its own, so that /metrics has both
     app = build(openai_app, lifespan_of(openai_app), speculation)
     config = uvicorn.Config(
         app,

@@ -72,9 +72,11 @@ class SpeculationSettings(_Section):
     min_draft_tokens: int = _setting(
         0, "drafted tokens of a request that are verified whatever the load", unit="tokens", ge=0, le=32
     )
-    policy: Literal["adaptive", "floor"] = _setting(
-        "adaptive", "how many drafted tokens are verified: what pays at the present load, or by survival_floor alone"
+    policy: Literal["adaptive", "floor", "fixed"] = _setting(
+        "adaptive",
+        "how many drafted tokens are verified: what pays at the present load, by survival_floor alone, or all",
     )
+    repetition: bool = _setting(True, "draft also what followed the latest tokens in the request's own text before")
     survival_floor: float = _setting(
         0.12,
         "with policy = floor, a drafted token less likely than this to be reached is not verified",

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -34,9 +33,3 @@ async def lifespan_of(app: FastAPI) -> AsyncIterator[None]:
     """Run the life-span handlers of an application that is mounted in another one, which would not run them."""
     async with app.router.lifespan_context(app):
         yield
-
-
-async def drafter_counters(engine: AsyncLLM) -> dict[str, Any]:
-    """The proposer's own counters, asked of the engine between two steps; empty without a proposer."""
-    answers = await engine.collective_rpc("proposer_command", args=("counters", {}))
-    return dict(answers[0])

@@ -60,6 +60,9 @@ class FeatureRecorder:
     def page_tensors(self) -> list[torch.Tensor]:
         return []
 
+    def settle(self) -> None:
+        """Nothing waits."""
+
     def propose(self, forward: TargetForward) -> Drafts:
         """Append this pass's rows to their requests and close the requests that ended."""
         self._close(forward.finished)

@@ -7,6 +7,7 @@ implementation of the target gives for the same tokens. One JSON line is printed
 Usage: ``python -m tests.scheduler.context_audit MODEL DRAFTER``
 """
 
+import itertools
 import json
 import os
 import sys
@@ -26,7 +27,7 @@ from drafter.options import ProposalOptions
 from drafter.proposer import BlockDiffusionProposer
 from drafter.types import Drafts, TargetForward
 from scheduler.engine import EngineShape, engine_arguments
-from scheduler.options import DrafterOptions, EngineOptions
+from scheduler.options import DrafterOptions, EngineOptions, PolicyName, PolicyOptions
 from scheduler.policy import SurvivalFloor
 
 _MAX_LEN = 256
@@ -43,11 +44,14 @@ class Audit:
 
 
 def watch(proposer: BlockDiffusionProposer, runner: Any, audit: Audit) -> None:
-    """Copy what the proposer holds after each of its passes."""
-    propose = proposer.propose
+    """Copy what the proposer holds, after every third pass: between them it may keep passes to itself."""
+    propose, passes = proposer.propose, itertools.count()
 
     def propose_and_copy(forward: TargetForward) -> Drafts:
         drafts = propose(forward)
+        if next(passes) % 3:
+            return drafts
+        proposer.settle()
         page_size = proposer.page_tensors()[0].shape[2]
         for r, request_id in enumerate(forward.request_ids):
             length = int(forward.context_lens[r])
@@ -103,7 +107,9 @@ def main(model_folder: str, drafter_folder: str) -> None:
     shape = EngineShape(
         model_folder, max_model_len=_MAX_LEN, max_num_seqs=4, max_num_batched_tokens=64, kv_cache_bytes=64 << 20
     )
-    options = EngineOptions(DrafterOptions(Path(drafter_folder), ProposalOptions(5), survival_floor=0.0))
+    options = EngineOptions(
+        DrafterOptions(Path(drafter_folder), ProposalOptions(5), PolicyOptions(PolicyName.FIXED, repetition=False))
+    )
     engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(shape, options)))
     core: Any = engine.engine_core.engine_core
     runner = core.model_executor.driver_worker.worker.model_runner

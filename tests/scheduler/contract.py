@@ -14,6 +14,7 @@ EMBEDDING_METHOD = "vllm.model_executor.layers.vocab_parallel_embedding:Unquanti
 LLAMA = "vllm.model_executor.models.llama:Llama"
 QWEN2 = "vllm.model_executor.models.qwen2:Qwen2"
 QWEN3 = "vllm.model_executor.models.qwen3:Qwen3"
+NGRAM_MATCHER = "vllm.v1.spec_decode.ngram_proposer:_find_longest_matched_ngram_and_propose_tokens"
 CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn:CPUAttention"
 
 # Methods of vLLM that classes of ours override: parameters without ``self``.
@@ -39,6 +40,8 @@ OVERRIDDEN = {
         "__init__": "vllm_config kv_cache_config structured_output_manager block_size hash_block_size mm_registry "
         "include_finished_set log_stats",
         "schedule": "throttle_prefills",
+        "add_request": "request",
+        "shutdown": "",
         "update_draft_token_ids": "draft_token_ids",
         "update_from_output": "scheduler_output model_runner_output",
     },
@@ -60,7 +63,6 @@ CALLED = [
     ("server.vllm_adapter", "vllm.entrypoints.launchers.cli_args:make_arg_parser", 1, ""),
     ("server.vllm_adapter", "vllm.entrypoints.launchers.cli_args:validate_parsed_serve_args", 1, ""),
     ("server.vllm_adapter", f"{ENGINE}.get_supported_tasks", 1, ""),
-    ("server.vllm_adapter", f"{ENGINE}.collective_rpc", 2, "args"),
     ("server.serving", f"{ENGINE}.shutdown", 1, ""),
     ("scheduler.answering", f"{ENGINE}.get_tokenizer", 1, ""),
     ("scheduler.answering", f"{ENGINE}.generate", 4, ""),
@@ -92,6 +94,10 @@ CALLED = [
     ("scheduler.vllm_sampler", "vllm.v1.outputs:SamplerOutput", 0, "sampled_token_ids logprobs_tensors"),
     ("scheduler.vllm_scheduler", "vllm.v1.spec_decode.metrics:SpecDecodingStats.new", 1, ""),
     ("scheduler.vllm_scheduler", "vllm.v1.spec_decode.metrics:SpecDecodingStats.observe_draft", 3, ""),
+    ("scheduler.vllm_calibration", "vllm.v1.request:Request", 4, ""),
+    ("scheduler.vllm_calibration", "vllm:SamplingParams", 0, "temperature max_tokens ignore_eos"),
+    ("scheduler.vllm_calibration", f"{SCHEDULER}.finish_requests", 3, ""),
+    ("scheduler.vllm_repetition", NGRAM_MATCHER, 5, ""),
 ]
 
 # What we read or set: module of ours, vLLM's class, attributes.
@@ -148,16 +154,29 @@ ATTRIBUTES = [
     (
         "scheduler.vllm_scheduler",
         SCHEDULER,
-        "vllm_config num_spec_tokens max_num_running_reqs dynamic_sd_lookup running",
+        "vllm_config num_spec_tokens max_num_running_reqs dynamic_sd_lookup running requests block_size "
+        "max_num_scheduled_tokens max_model_len",
     ),
-    ("scheduler.vllm_scheduler", "vllm.v1.request:Request", "request_id num_output_tokens"),
+    (
+        "scheduler.vllm_scheduler",
+        "vllm.v1.request:Request",
+        "request_id num_output_tokens num_tokens num_computed_tokens is_prefill_chunk all_token_ids max_tokens "
+        "sampling_params cache_salt",
+    ),
+    ("scheduler.vllm_scheduler", "vllm.v1.core.sched.output:SchedulerOutput", "finished_req_ids kv_cache_block_copies"),
+    ("scheduler.vllm_calibration", SCHEDULER, "requests"),
     ("scheduler.vllm_scheduler", "vllm.v1.engine:EngineCoreOutputs", "outputs scheduler_stats"),
     ("scheduler.vllm_scheduler", "vllm.v1.engine:EngineCoreOutput", "request_id new_token_ids"),
     ("scheduler.vllm_scheduler", "vllm.v1.metrics.stats:SchedulerStats", "spec_decoding_stats"),
-    (
-        "scheduler.vllm_metrics",
-        "vllm.v1.spec_decode.metrics:SpecDecodingStats",
-        "num_drafts num_draft_tokens_per_pos num_accepted_tokens_per_pos",
+    ("scheduler.vllm_types", "vllm.v1.metrics.stats:SchedulerStats", "kv_connector_stats"),
+    *(
+        ("server.request_speculation", f"vllm.entrypoints.{request}", "vllm_xargs")
+        for request in (
+            "openai.chat_completion.protocol:ChatCompletionRequest",
+            "openai.completion.protocol:CompletionRequest",
+            "openai.responses.protocol:ResponsesRequest",
+            "anthropic.protocol:AnthropicMessagesRequest",
+        )
     ),
     ("scheduler.vllm_proposer", "vllm.config:VllmConfig", "additional_config model_config"),
     ("scheduler.vllm_proposer", "vllm.config:ModelConfig", "hf_text_config model seed max_model_len"),
@@ -210,6 +229,38 @@ ATTRIBUTES = [
 
 # Statements of vLLM that our code is built around: module of ours, vLLM's function, code it must hold, and why.
 BEHAVIOURS = [
+    *(
+        (
+            "server.request_speculation",
+            f"vllm.entrypoints.openai.{request}.to_sampling_params",
+            "extra_args: dict[str, Any] = self.vllm_xargs if self.vllm_xargs else {}",
+            "carries vllm_xargs to the engine",
+        )
+        for request in (
+            "chat_completion.protocol:ChatCompletionRequest",
+            "completion.protocol:CompletionRequest",
+            "responses.protocol:ResponsesRequest",
+        )
+    ),
+    (
+        "scheduler.vllm_metrics",
+        "vllm.v1.metrics.loggers:StatLoggerManager.__init__",
+        "if custom_stat_loggers is not None: stat_logger_factories.extend(custom_stat_loggers) "
+        "if enable_default_loggers",
+        "lets our logger see the statistics before vLLM's own",
+    ),
+    (
+        "scheduler.vllm_types",
+        "vllm.v1.metrics.stats:SchedulerStats",
+        "kv_connector_stats: dict[str, Any] | None = None",
+        "sends anything in this dictionary",
+    ),
+    (
+        "server.metrics",
+        "vllm.v1.metrics.prometheus:get_prometheus_registry",
+        "return REGISTRY",
+        "exposes the registry that we register in",
+    ),
     ("scheduler.vllm_runner", f"{RUNNER}.__init__", "self.drafter = create_custom_proposer(", "builds ProposerHost"),
     (
         "scheduler.vllm_proposer",

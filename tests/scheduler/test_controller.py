@@ -103,7 +103,8 @@ def run(
         plan = controller.plan(names, load(requests))
         plans.append(plan)
         survival = np.stack([np.where(np.arange(len(draft)) < length, draft, 0) for length in plan])
-        controller.admit(names, survival, load(requests))
+        drafted = {name: row for name, row, length in zip(names, survival, plan, strict=True) if length}
+        controller.admit(survival, drafted, load(requests))
     return plans
 
 
@@ -147,7 +148,7 @@ def test_a_floor_is_drafted_and_verified_whatever_it_brings() -> None:
     machine = Machine(per_draft=3)
     controller = DraftController(machine, 4, least=2)
     assert run(controller, machine, BAD, 100)[-1] == [2]
-    assert controller.admit(["r0"], rows(BAD.tolist()), load(1)).admitted == [2]
+    assert controller.admit(rows(BAD.tolist()), {"r0": BAD}, load(1)).admitted == [2]
 
 
 def test_nobody_to_draft_for() -> None:
@@ -160,4 +161,4 @@ def test_probes_are_verified() -> None:
     run(controller, machine, BAD, 100)
     while not sum(controller.plan(["r0"], load(1))):
         pass
-    assert controller.admit(["r0"], rows(BAD.tolist()), load(1)).admitted == [1]
+    assert controller.admit(rows(BAD.tolist()), {"r0": BAD}, load(1)).admitted == [1]

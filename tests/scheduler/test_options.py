@@ -4,12 +4,21 @@ from pathlib import Path
 import pytest
 
 from drafter.options import PathSearch, ProposalOptions
-from scheduler.options import ADDITIONAL_CONFIG_KEY, DrafterOptions, EngineOptions, RecorderOptions, TargetWeights
+from scheduler.options import (
+    ADDITIONAL_CONFIG_KEY,
+    DrafterOptions,
+    EngineOptions,
+    PolicyName,
+    PolicyOptions,
+    RecorderOptions,
+    TargetWeights,
+)
 
 PROPOSAL = ProposalOptions(
     5, PathSearch.BEAM, beam_width=2, max_passes=3, observe_threshold=0.7, stop_at_end=False, coupled_sampling=False
 )
-DRAFTER = DrafterOptions(Path("/drafters/d"), PROPOSAL, survival_floor=0.25)
+POLICY = PolicyOptions(PolicyName.FLOOR, 2, 0.25, False, Path("/costs"), "a machine", True, Path("/trace"))
+DRAFTER = DrafterOptions(Path("/drafters/d"), PROPOSAL, POLICY)
 RECORDER = RecorderOptions(Path("/corpus"), layers=(2, 11, 30))
 
 
@@ -18,6 +27,7 @@ RECORDER = RecorderOptions(Path("/corpus"), layers=(2, 11, 30))
     [
         EngineOptions(),
         EngineOptions(drafter=DRAFTER),
+        EngineOptions(drafter=DrafterOptions(Path("/drafters/d"), PROPOSAL)),
         EngineOptions(recorder=RECORDER),
         EngineOptions(weights=TargetWeights.INT8, instruction_set="avx2"),
     ],

@@ -6,23 +6,22 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 
 from scheduler.counters import SpeculationHistory
-from server.app import SpeculationSource, build
+from scheduler.draft_limit import DRAFT_LIMIT_KEY
+from server.app import build
+from server.speculation_report import SpeculationSource
 
 
-def _source(drafter: str | None, history: SpeculationHistory, asked: list[int]) -> SpeculationSource:
-    async def counters() -> dict[str, Any]:
-        asked.append(1)
-        return {"draft_tokens": 40}
-
-    return SpeculationSource(drafter, 5 if drafter else 0, history, counters)
+def _app(other: FastAPI | None = None, lifespan: Any = None, drafter: str | None = None) -> FastAPI:
+    source = SpeculationSource(drafter, 5 if drafter else 0, SpeculationHistory())
+    return build(other or _other_app(), lifespan or nullcontext(), source)
 
 
-async def _get(app: FastAPI, path: str) -> httpx.Response:
+async def _request(app: FastAPI, method: str, path: str, **options: Any) -> httpx.Response:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-        return await client.get(path)
+        return await client.request(method, path, **options)
 
 
 def _other_app() -> FastAPI:
@@ -32,50 +31,35 @@ def _other_app() -> FastAPI:
     async def models() -> dict[str, str]:
         return {"from": "the other application"}
 
+    @other.post("/v1/completions")
+    async def complete(request: Request) -> Any:
+        return await request.json()
+
     return other
 
 
-async def test_report_counts_steps_drafts_and_positions() -> None:
-    history, asked = SpeculationHistory(), list[int]()
-    app = build(_other_app(), nullcontext(), _source("tiny", history, asked))
-    history.add(0.0, 10, [8, 6, 4], [6, 3, 1])
-
-    report = (await _get(app, "/v1/speculation")).json()
-
-    assert asked == [1]
+async def test_the_report_is_ours() -> None:
+    report = (await _request(_app(drafter="tiny"), "GET", "/v1/speculation")).json()
     assert report["enabled"] is True and report["drafter"] == "tiny" and report["max_draft_tokens"] == 5
-    assert report["since_start"] == {
-        "verify_steps": 10,
-        "drafted_tokens": 40,
-        "verified_tokens": 18,
-        "accepted_tokens": 10,
-        "emitted_tokens": 20,
-        "emitted_per_verify_step": 2.0,
-        "acceptance_rate": 0.5556,
-        "positions": [
-            {"position": 0, "verified": 8, "accepted": 6, "acceptance_rate": 0.75},
-            {"position": 1, "verified": 6, "accepted": 3, "acceptance_rate": 0.5},
-            {"position": 2, "verified": 4, "accepted": 1, "acceptance_rate": 0.25},
-        ],
-    }
-
-
-async def test_without_a_drafter_the_engine_is_not_asked_and_rates_are_null() -> None:
-    asked: list[int] = []
-    app = build(_other_app(), nullcontext(), _source(None, SpeculationHistory(), asked))
-
-    report = (await _get(app, "/v1/speculation")).json()
-
-    assert asked == [] and report["enabled"] is False and report["drafter"] is None
-    assert report["since_start"]["emitted_per_verify_step"] is None
-    assert report["since_start"]["acceptance_rate"] is None
-    assert report["last_minute"] == report["since_start"]
 
 
 async def test_other_paths_are_the_other_applications() -> None:
-    app = build(_other_app(), nullcontext(), _source(None, SpeculationHistory(), []))
-    assert (await _get(app, "/v1/models")).json() == {"from": "the other application"}
-    assert (await _get(app, "/v1/nothing")).status_code == 404
+    app = _app()
+    assert (await _request(app, "GET", "/v1/models")).json() == {"from": "the other application"}
+    assert (await _request(app, "GET", "/v1/nothing")).status_code == 404
+
+
+@pytest.mark.parametrize(("drafter", "limit"), [("tiny", 4), (None, 0)])
+async def test_limits_of_requests_reach_the_other_application(drafter: str | None, limit: int) -> None:
+    sent = {"prompt": "a", "speculation": {"max_draft_tokens": 4}}
+    response = await _request(_app(drafter=drafter), "POST", "/v1/completions", json=sent)
+    assert response.json() == {"prompt": "a", "vllm_xargs": {DRAFT_LIMIT_KEY: limit}}
+
+
+async def test_wrong_limits_do_not() -> None:
+    sent = {"speculation": {"max_draft_tokens": -4}}
+    response = await _request(_app(drafter="tiny"), "POST", "/v1/completions", json=sent)
+    assert response.status_code == 400 and response.json()["error"]["param"] == "speculation.max_draft_tokens"
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -90,7 +74,7 @@ async def test_life_span_of_the_other_application_runs_and_ends(fails: bool) -> 
         finally:
             events.append("end")
 
-    app = build(_other_app(), lifespan(), _source(None, SpeculationHistory(), []))
+    app = _app(lifespan=lifespan())
     try:
         async with app.router.lifespan_context(app):
             assert events == ["start"]

@@ -30,7 +30,7 @@ def test_help_lists_the_commands_and_takes_no_time(slipstream: RunCommand) -> No
     result = slipstream("--help")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.returncode == 0
-    for command in ("serve", "align", "bench", "bench-kernels", "doctor"):
+    for command in ("serve", "align", "bench", "bench-kernels", "simulate", "doctor"):
         assert re.search(rf"^    {command}\s", result.stdout, re.MULTILINE)
     # Processor time, since the machine may be busy.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
@@ -68,7 +68,7 @@ def test_version(slipstream: RunCommand) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "a command is needed: serve, align, bench, bench-kernels, doctor (see slipstream --help)"),
+        ([], "a command is needed: serve, align, bench, bench-kernels, simulate, doctor (see slipstream --help)"),
         (["--verbose"], "unknown flag --verbose; nearest known flag: --version, print the version and exit"),
         (["srve"], "argument COMMAND: invalid choice: 'srve'"),
         (["serve", "extra"], "unexpected argument 'extra' (see slipstream serve --help)"),

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
 import pytest
 
+from scheduler.draft_limit import DRAFT_LIMIT_KEY
 from tests.engine_server import MODEL, EngineServer
 
 _MESSAGES = [{"role": "user", "content": "Name three rivers and say where they flow."}]
@@ -135,14 +137,86 @@ def test_parameters_that_vllm_refuses_while_drafting_get_a_clean_400(
     assert next(iter(parameter)) in response.json()["error"]["message"]
 
 
-def test_speculation_report_agrees_with_vllm_metrics(drafting_server: EngineServer) -> None:
-    drafting_server.complete("Once upon a time", max_tokens=24)
+_STORY = "The rain in Spain stays mainly in the plain. The rain in Spain stays mainly in the"
+
+
+def _since(server: EngineServer, before: dict[str, Any]) -> dict[str, Any]:
+    """Counts that ``GET /v1/speculation`` tells, less those of an earlier report; lists and numbers alone."""
+    now, then = server.speculation()["since_start"], before["since_start"]
+    lengths = zip(now["draft_lengths"], then["draft_lengths"], strict=True)
+    counts = {name: now[name] - then[name] for name in ("verify_steps", "verified_tokens", "emitted_tokens")}
+    return {**counts, "draft_lengths": [a - b for a, b in lengths]}
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_a_request_limits_its_drafts(limit: int, drafting_server: EngineServer) -> None:
+    unlimited = drafting_server.complete(_STORY, max_tokens=24)
+    before = drafting_server.speculation()
+    limited = drafting_server.complete(_STORY, max_tokens=24, speculation={"max_draft_tokens": limit})
+    counts = _since(drafting_server, before)
+    assert limited == unlimited
+    assert counts["emitted_tokens"] == 23  # the first token comes from the prompt's step
+    assert not any(counts["draft_lengths"][limit + 1 :])
+    assert counts["draft_lengths"][limit] > 0 and counts["verified_tokens"] == limit * counts["draft_lengths"][limit]
+
+
+def test_only_the_request_that_asks_for_it_is_limited(drafting_server: EngineServer) -> None:
+    before = drafting_server.speculation()
+    with ThreadPoolExecutor(2) as pool:
+        plain = pool.submit(drafting_server.complete, _STORY, max_tokens=24, speculation={"max_draft_tokens": 0})
+        other = pool.submit(drafting_server.complete, _STORY, max_tokens=24, speculation={"max_draft_tokens": 99})
+    assert plain.result() == other.result()
+    counts = _since(drafting_server, before)
+    assert counts["draft_lengths"][0] >= 23 and counts["verified_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": _MESSAGES, "max_tokens": 8}),
+        ("/v1/responses", {"input": "Name a river.", "max_output_tokens": 8}),
+        ("/v1/messages", {"messages": _MESSAGES, "max_tokens": 8}),
+    ],
+)
+def test_every_generating_route_knows_the_limit(path: str, body: dict[str, Any], drafting_server: EngineServer) -> None:
+    before = drafting_server.speculation()
+    response = drafting_server.post(path, {**body, "speculation": {"max_draft_tokens": 0}})
+    assert response.status_code == 200, response.text
+    counts = _since(drafting_server, before)
+    assert counts["verify_steps"] == counts["draft_lengths"][0] == 7
+    response = drafting_server.post(path, {**body, "speculation": {"max_draft_tokens": 0.5}})
+    assert response.status_code == 400 and response.json()["error"]["param"] == "speculation.max_draft_tokens"
+
+
+def test_the_official_client_understands_a_wrong_limit(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"speculation.max_draft_tokens is -1; a whole number") as caught:
+        client.chat.completions.create(
+            model=MODEL,
+            messages=_MESSAGES,  # type: ignore[arg-type]
+            extra_body={"speculation": {"max_draft_tokens": -1}},
+        )
+    assert (caught.value.param, caught.value.type) == ("speculation.max_draft_tokens", "invalid_request_error")
+
+
+@pytest.mark.parametrize("rubbish", ["no", -1, 2**63 - 1, 2.5, ["a"], [3], True, ""])
+def test_limits_past_the_checks_do_no_harm(rubbish: object, drafting_server: EngineServer) -> None:
+    body = {"prompt": _STORY, "temperature": 0, "max_tokens": 8, "vllm_xargs": {DRAFT_LIMIT_KEY: rubbish}}
+    response = drafting_server.post("/v1/completions", body)
+    assert response.status_code == 200
+    assert response.json()["choices"][0]["text"] == drafting_server.complete(_STORY, max_tokens=8).text
+
+
+def test_speculation_report_agrees_with_the_metrics(drafting_server: EngineServer) -> None:
+    drafting_server.complete(_STORY, max_tokens=24)
     report = drafting_server.speculation()
     total = report["since_start"]
-    assert report["enabled"] and report["drafter"] == MODEL
-    assert total["verify_steps"] == drafting_server.metric("vllm:spec_decode_num_drafts_total")
-    assert total["verified_tokens"] == drafting_server.metric("vllm:spec_decode_num_draft_tokens_total")
-    assert total["accepted_tokens"] == drafting_server.metric("vllm:spec_decode_num_accepted_tokens_total")
+    assert report["enabled"] and report["drafter"] == MODEL and report["drafter_healthy"]
+    for ours, vllms in (("verify_steps", "drafts"), ("verified_tokens", "draft_tokens"), ("accepted_tokens",) * 2):
+        assert total[ours] == drafting_server.metric(f"vllm:spec_decode_num_{vllms}_total")
+    for name in ("verify_steps", "drafted_tokens", "verified_tokens", "accepted_tokens", "emitted_tokens", "steps"):
+        assert total[name] == drafting_server.metric(f"slipstream:{name}_total"), name
+    assert drafting_server.metric("slipstream:draft_length_tokens_count") == total["verify_steps"]
+    assert drafting_server.metric("slipstream:draft_length_tokens_sum") == total["verified_tokens"]
     assert total["emitted_tokens"] == total["verify_steps"] + total["accepted_tokens"]
     assert total["drafted_tokens"] >= total["verified_tokens"] >= total["accepted_tokens"] > 0
     by_position = [position["accepted"] for position in total["positions"]]
@@ -150,8 +224,20 @@ def test_speculation_report_agrees_with_vllm_metrics(drafting_server: EngineServ
     assert 0 < report["last_minute"]["verify_steps"] <= total["verify_steps"]
 
 
+def test_expectations_stand_beside_what_came(drafting_server: EngineServer) -> None:
+    for _ in range(4):
+        drafting_server.complete(_STORY, max_tokens=24)
+    total = drafting_server.speculation()["since_start"]
+    assert 0 < total["realised_accepted_tokens"] <= total["accepted_tokens"]
+    assert 0 < total["expected_accepted_tokens"] <= total["verified_tokens"]
+    assert 0 < total["predicted_step_seconds"] < 10 * total["measured_step_seconds"]
+    assert 0 < total["measured_step_seconds"] / total["steps"] < 5
+
+
 def test_plain_server_reports_that_drafting_is_off(plain_server: EngineServer) -> None:
-    plain_server.complete("Hello", max_tokens=4)
+    answer = plain_server.complete("Hello", max_tokens=4)
+    assert plain_server.complete("Hello", max_tokens=4, speculation={"max_draft_tokens": 3}) == answer
     report = plain_server.speculation()
     assert report["enabled"] is False and report["drafter"] is None and report["max_draft_tokens"] == 0
-    assert report["since_start"]["verify_steps"] == 0
+    assert report["since_start"]["verify_steps"] == 0 and report["drafting"] is False
+    assert "slipstream:max_draft_tokens 0.0" in plain_server.client.get("/metrics").text

@@ -38,6 +38,7 @@ def test_the_names_that_other_modules_rely_on() -> None:
             "survival_floor",
             "min_draft_tokens",
             "policy",
+            "repetition",
             "path",
             "beam_width",
             "max_passes",
