@@ -32,25 +32,26 @@ def draw_simulation(report: SimulationReport, path: Path) -> None:
             by_policy.setdefault(row.policy, []).append((row.load.concurrency, row))
     with mpl.rc_context({"svg.hashsalt": "simulated", "svg.fonttype": "none"}):
         figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+        places = sorted({place for rows in by_policy.values() for place, _ in rows})
         colours = plt.get_cmap("tab20")
         for number, (policy, rows) in enumerate(by_policy.items()):
-            places = [place for place, _ in rows]
+            met = [place for place, _ in rows]
             look = {
                 "color": "black" if policy in (EXPECTED, CLAIRVOYANT) else colours(number % 20),
                 "linestyle": {EXPECTED: "--", CLAIRVOYANT: ":"}.get(policy, "-"),
                 "linewidth": 2.4 if policy in _STRONG else 1.1,
                 "marker": ".",
             }
-            left.plot(places, [row.tokens_per_second for _, row in rows], label=policy, **look)
+            left.plot(met, [row.tokens_per_second for _, row in rows], label=policy, **look)
             regrets = [row.regret for _, row in rows]
             if policy != CLAIRVOYANT:
-                right.plot(places, [100 * regret for regret in regrets if regret is not None], **look)
+                right.plot(met, [100 * regret for regret in regrets if regret is not None], **look)
         left.set(title="Emitted tokens per second", yscale="log")
         right.set(title="Regret against the expected oracle, %")
         right.axhline(5, color="tab:red", linewidth=0.8, linestyle="--")
         for axes in (left, right):
-            axes.set(xlabel="concurrent requests", xscale="log")
             axes.set_xscale("log", base=2)
+            axes.set(xlabel="concurrent requests", xticks=places, xticklabels=map(str, places))
             axes.grid(alpha=0.3)
         figure.legend(loc="outside right upper", frameon=False)
         where = report.cost.get("gpu") or report.cost.get("file")

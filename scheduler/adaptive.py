@@ -15,6 +15,8 @@ _Integers = npt.NDArray[np.int64]
 
 # A repetition whose verified tokens are this likely to be accepted all is expected to go on in the step behind.
 _GOES_ON = 0.5
+# Of steps that are alike only some are learned from, once the cost model is no longer young: learning takes time too.
+_LEARN_INTERVAL, _YOUNG = 4, 100
 
 
 class AdaptivePolicy:
@@ -38,6 +40,9 @@ class AdaptivePolicy:
         self._offered: dict[str, dict[Source, tuple[_Floats, int]]] = {}
         self._admitted: dict[str, Source] = {}
         self._repeating: set[str] = set()
+        self._kind, self._alike = (0, 0), 0
+        self._steps = 0
+        self._predicted = dict.fromkeys(Source, 0)  # the step of the latest prediction
 
     def plan(self, coming: ComingStep) -> list[int]:
         """See ``DraftPolicy``."""
@@ -52,6 +57,7 @@ class AdaptivePolicy:
     def admit(self, coming: ComingStep, offers: Sequence[Offer]) -> list[Admission]:
         """See ``DraftPolicy``."""
         self._repeating.clear()
+        self._steps += 1
         survival = [self._calibrated(coming, offers, source) for source in Source]
         if not any(rows.any() for rows in survival):
             return [Admission()] * len(offers)
@@ -86,7 +92,11 @@ class AdaptivePolicy:
 
     def step_took(self, load: StepLoad, seconds: float) -> None:
         """See ``DraftPolicy``."""
-        self.cost.observe(load, seconds)
+        kind = load.tokens, load.drafted_requests
+        self._alike = self._alike + 1 if kind == self._kind else 0
+        self._kind = kind
+        if self._alike % _LEARN_INTERVAL == 0 or self.cost.observations < _YOUNG:
+            self.cost.observe(load, seconds)
 
     def finished(self, request_id: str) -> None:
         """See ``DraftPolicy``."""
@@ -115,6 +125,9 @@ class AdaptivePolicy:
         survival = np.zeros((len(offers), self._slots))
         if not rows:
             return survival
+        if self._steps - self._predicted[source] >= _LEARN_INTERVAL:
+            self.acceptance[source].learn()  # what is seldom tried should be known as soon as it is tried again
+        self._predicted[source] = self._steps
         request_ids = [coming.request_ids[row] for row in rows]
         confidences, counts = _conditional([offers[row].survival[source] for row in rows], self._slots)
         context_lens = [coming.context_lens[row] for row in rows]

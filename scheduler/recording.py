@@ -20,8 +20,8 @@ class RecordingPolicy(PolicyAround):
     never stops serving: when the trace cannot be written any further, that is logged once and recording ends.
 
     Args:
-        inner: the policy that decides. For a trace whose outcomes are all known it has to verify all that it is
-            offered, as ``FixedLength`` of the longest draft does.
+        inner: the policy that decides; nothing may change its admissions afterwards. For a trace whose outcomes are
+            all known it has to verify all that it is offered, as ``FixedLength`` of the longest draft does.
         writer: of the trace; ``close`` closes it.
         clock: seconds, from any origin; the trace starts now.
     """

@@ -15,6 +15,7 @@ Tokens = npt.NDArray[np.int32]
 _LEVELS = (((9, 16), 0.95), ((4, 8), 0.8), ((2, 3), 0.5))
 _FIRST_ROOM = 256  # tokens
 _SHARE = 0.02
+_LONGEST_PAUSE = 4  # tokens
 
 
 class Matcher(Protocol):
@@ -84,9 +85,7 @@ class RepetitionDrafts:
         for kept, text in sorted(known, key=lambda pair: pair[0].searched):
             if self._clock() > end:
                 break
-            repetition = kept.search(matcher, text)
-            kept.searched = 0.0 if repetition else now
-            if repetition:
+            if kept.is_due(len(text.token_ids)) and (repetition := kept.search(matcher, text, now)):
                 found[text.request_id] = repetition
         return found
 
@@ -98,17 +97,28 @@ class RepetitionDrafts:
 class _Text:
     """A text that grows, in one array."""
 
-    __slots__ = ("_array", "_length", "searched")
+    __slots__ = ("_array", "_length", "_pause", "searched")
 
     def __init__(self) -> None:
         self._array: Tokens = np.empty(_FIRST_ROOM, dtype=np.int32)
         self._length = 0
+        self._pause = 0
         self.searched = 0.0  # when it was searched in vain; 0 if it was not
 
-    def search(self, matcher: Matcher, text: GrowingText) -> Repetition | None:
+    def is_due(self, length: int) -> bool:
+        """Whether to search: with every search in vain it may grow by more tokens before the next one."""
+        return length >= self._length + self._pause
+
+    def search(self, matcher: Matcher, text: GrowingText, now: float) -> Repetition | None:
         self._follow(text.token_ids)
+        found = self._find(matcher, text.limit)
+        self._pause = 0 if found else min(self._pause + 2, _LONGEST_PAUSE)
+        self.searched = 0.0 if found else now
+        return found
+
+    def _find(self, matcher: Matcher, limit: int) -> Repetition | None:
         for (shortest, longest), probability in _LEVELS:
-            tokens = matcher(self._array[: self._length], shortest, longest, text.limit)
+            tokens = matcher(self._array[: self._length], shortest, longest, limit)
             if len(tokens):
                 survival = np.cumprod(np.full(len(tokens), probability))
                 return Repetition(tokens.tolist(), survival.tolist())

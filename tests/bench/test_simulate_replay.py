@@ -1,5 +1,7 @@
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,8 @@ from scheduler.cost import StepLoad
 from scheduler.fixed_policies import FixedLength
 from scheduler.oracle import Oracle
 from scheduler.policy import Admission, ComingStep, DraftPolicy, Offer, Source
-from scheduler.recording import SOURCES
-from scheduler.trace import DraftRecord, Trace, TraceHeader
+from scheduler.recording import SOURCES, RecordingPolicy
+from scheduler.trace import DraftRecord, Trace, TraceHeader, TraceWriter, read_trace
 from tests.bench.synthetic_drafts import synthetic_drafts
 
 SLOTS = 3
@@ -211,6 +213,20 @@ def test_latencies_are_of_tokens() -> None:
     measured = Measured(1.0, 10, 10, 0, 0, np.array([0.3, 0.1, 0.2]), np.array([1, 6, 3]))
     assert [measured.latency(quantile) for quantile in (0.5, 0.6, 0.61, 0.9, 0.95)] == [0.1, 0.1, 0.2, 0.2, 0.3]
     assert [measured.within(objective) for objective in (0.05, 0.1, 0.25, 1.0)] == [0, 6, 9, 10]
+
+
+def test_a_recorded_replay_can_be_replayed(tmp_path: Path) -> None:
+    drafts = synthetic_drafts(20, 30, SLOTS, 0.7)
+    header = TraceHeader(SLOTS, SOURCES, "t", "d", "fixed:3")
+    recording = RecordingPolicy(FixedLength(SLOTS), TraceWriter(tmp_path / "trace", header), time.monotonic)
+    replay(drafts, recording, ClosedLoop(10)).run(Span(0, 300))
+    recording.close()
+    trace = read_trace(tmp_path / "trace")
+    again = drafts_of([("again", trace)])
+    assert trace.censored == 0 and 2500 < len(trace.drafts) < 3000
+    whole = again.offered == SLOTS  # a request's last drafts are cut to what it can still emit
+    assert whole.mean() > 0.9
+    assert again.outcomes[whole].mean() == pytest.approx(drafts.outcomes.mean(), abs=0.03)
 
 
 def rate(drafts: Drafts, policy: DraftPolicy, concurrency: int, truth: npt.NDArray[np.float64] | None = None) -> float:

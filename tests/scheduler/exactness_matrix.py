@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import httpx
 import torch
 
 from bench.arguments import existing_folder, output_file
@@ -148,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder = existing_folder(state) if state else Path(temporary)
             report = run_matrix(folder, options.limit, command, say)
             write_report(report, output)
-        except (BenchError, ValueError, RuntimeError, TimeoutError) as error:
+        except (BenchError, ValueError, RuntimeError, TimeoutError, httpx.HTTPError) as error:
             print(f"exactness_matrix: error: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:

@@ -38,6 +38,7 @@ def serving(setup: EngineSetup, logs: Path, asked: Sequence[Question]) -> Iterat
     try:
         server.wait()
         server.client.timeout = _REQUEST_SECONDS
+        server.client.headers["Connection"] = "close"  # a machine that stood still finds kept connections gone
         yield lambda load: _answer(server, load, asked[load.first : load.end], code)
     finally:
         server.stop()
