@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from scheduler.cost import CostModel, StepLoad
 from scheduler.policy import Admission, ComingStep, LearningNothing, Offer
 
-_REQUESTS = (1, 2, 4, 8, 16)
 _ROUNDS = 3  # through all numbers of draft tokens, per number of requests
 _UNDRAFTED = 3  # every third step drafts nothing
 
@@ -24,7 +23,8 @@ class CalibrationPolicy(LearningNothing):
 
     def __init__(self, cost: CostModel, slots: int, max_requests: int):
         self._cost, self._slots = cost, slots
-        self._phases = [requests for requests in _REQUESTS if requests <= max_requests]
+        # Doubled up to the most: where rows begin to cost their share may well lie beyond a handful of requests.
+        self._phases = [1 << k for k in range(max_requests.bit_length())]
         self._steps = 0
 
     @property

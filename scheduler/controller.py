@@ -28,6 +28,7 @@ _RECENT_DRAFTS = 8
 _PROBE_INTERVAL = 24
 # Steps for which a judgement on drafting holds, unless the number of requests changes: judging takes time itself.
 _JUDGEMENT_STEPS = 8
+_MANY_REQUESTS = 64  # with whom it takes three times as long as usual until the next judgement
 
 
 class StepCost(Protocol):
@@ -65,20 +66,29 @@ def choose(survival: Floats, load: StepLoad, cost: StepCost) -> Choice:
         load: the step without draft tokens; every request emits one token in any case.
         cost: of steps.
     """
-    requests = len(survival)
     candidates = survival[survival > 0]
     candidates[::-1].sort()
-    tokens = load.tokens + np.arange(len(candidates) + 1)
-    emitted = np.empty(len(tokens))
-    emitted[0] = requests
-    np.cumsum(candidates, out=emitted[1:])
-    emitted[1:] += requests
-    seconds = cost.seconds_by_tokens(tokens, load)
+    count, emitted, seconds = _fill(candidates, len(survival), _seconds(len(candidates), len(survival), load, cost))
+    return Choice(_first(survival, candidates, count), emitted, seconds)
+
+
+def _seconds(candidates: int, requests: int, load: StepLoad, cost: StepCost) -> Floats:
+    """``[candidates + 1]`` seconds of a step with so many draft tokens, the prompts' share left out."""
+    seconds = cost.seconds_by_tokens(load.tokens + np.arange(candidates + 1), load)
     if load.tokens > requests > 0:
         alone = float(cost.seconds_by_tokens(np.array([requests]), load)[0])
         seconds = seconds - max(float(seconds[0]) - alone, 0.0)
-    best = int(np.argmax(emitted / seconds))
-    return Choice(_first(survival, candidates, best), float(emitted[best]), float(seconds[best]))
+    return seconds
+
+
+def _fill(candidates: Floats, requests: int, seconds: Floats) -> tuple[int, float, float]:
+    """How many candidates, likeliest first, emit most per second; the tokens emitted then and the seconds."""
+    emitted = np.empty(len(candidates) + 1)
+    emitted[0] = requests
+    np.cumsum(candidates, out=emitted[1:])
+    emitted[1:] += requests
+    best = int(np.argmax(emitted / seconds[: len(emitted)]))
+    return best, float(emitted[best]), float(seconds[best])
 
 
 def _first(survival: Floats, candidates: Floats, count: int) -> list[int]:
@@ -92,6 +102,19 @@ def _first(survival: Floats, candidates: Floats, count: int) -> list[int]:
     taken = np.minimum(equal, np.maximum(left - (equal.cumsum() - equal), 0))
     result: list[int] = (admitted + taken).tolist()
     return result
+
+
+def _sorted_with_slots(survival: Floats) -> tuple[Floats, npt.NDArray[np.int64]]:
+    """The survival of all draft tokens of a batch, highest first, and the slot of each."""
+    rows, slots = survival.nonzero()
+    candidates = survival[rows, slots]
+    order = np.argsort(-candidates)
+    return candidates[order], slots[order]
+
+
+def _lengths(reach: int) -> list[int]:
+    """Lengths to compare, up to ``reach``: all of the short ones, some of the long ones."""
+    return [length for length in range(1, reach + 1) if length <= 4 or length % 2 == 0 or length == reach]
 
 
 class DraftController:
@@ -163,25 +186,28 @@ class DraftController:
         """``_worthwhile_length``, as of some steps ago."""
         self._judgement_steps -= 1
         if self._judgement_steps <= 0 or self._judged_requests != len(request_ids):
-            self._judged_requests, self._judgement_steps = len(request_ids), _JUDGEMENT_STEPS
+            self._judged_requests = len(request_ids)
+            self._judgement_steps = _JUDGEMENT_STEPS * (3 if len(request_ids) >= _MANY_REQUESTS else 1)
             self._judged_length = self._worthwhile_length(request_ids, load)
         return self._judged_length
 
     def _worthwhile_length(self, request_ids: Sequence[str], load: StepLoad) -> int:
-        """The longest draft that would have been admitted, 0 if drafting costs more than it brings."""
+        """The length of drafts with which most tokens a second come out, 0 if drafting costs more than it brings."""
+        requests = len(request_ids)
         plain = replace(load, drafted_requests=0, drafted_slots=0)
-        emitted = seconds = 0.0
-        longest = 0
-        for batch in self._scenarios(request_ids):
-            drafting = replace(load, drafted_requests=len(batch), drafted_slots=self._slots * len(batch))
-            choice = choose(batch, drafting, self._cost)
-            emitted, seconds = emitted + choice.emitted, seconds + choice.seconds
-            longest = max(longest, *choice.admitted)
-        without = float(self._cost.seconds_by_tokens(np.array([len(request_ids)]), plain)[0])
-        if longest == 0 or emitted / seconds <= len(request_ids) / without:
-            return 0
-        # One more than was worth verifying: how far drafts reach may grow again.
-        return min(longest + 1, self._slots)
+        without = float(self._cost.seconds_by_tokens(np.array([requests]), plain)[0])
+        best, best_rate = 0, requests / without
+        batches = [_sorted_with_slots(batch) for batch in self._scenarios(request_ids)]
+        reach = 1 + max(int(slots.max(initial=-1)) for _, slots in batches)
+        for length in _lengths(reach):
+            drafting = replace(load, drafted_requests=requests, drafted_slots=length * requests)
+            times = _seconds(length * requests, requests, drafting, self._cost)
+            filled = [_fill(candidates[slots < length], requests, times) for candidates, slots in batches]
+            rate = sum(emitted for _, emitted, _ in filled) / sum(seconds for _, _, seconds in filled)
+            if rate > best_rate:
+                best, best_rate = length, rate
+        # Where the longest drafts that were tried are the best ones, longer ones may be better still.
+        return min(best + 1, self._slots) if best == reach > 0 else best
 
     def _scenarios(self, request_ids: Sequence[str]) -> list[Floats]:
         """Batches as the coming one may look: each request's latest draft, or recent ones of any request."""

@@ -1,5 +1,7 @@
 """vLLM's continuous-batching scheduler, extended to verify only the draft tokens that are worth it."""
 
+import time
+from pathlib import Path
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -14,11 +16,13 @@ from scheduler.calibration import CalibrationPolicy
 from scheduler.draft_limit import requested_draft_limit
 from scheduler.health import HealthGuard
 from scheduler.ledger import SpeculationLedger
-from scheduler.options import EngineOptions
+from scheduler.options import DrafterOptions, EngineOptions
 from scheduler.policies import keep_costs, make_policy
 from scheduler.policy import ComingStep, DraftPolicy, Offer, Source
+from scheduler.recording import SOURCES, RecordingPolicy
 from scheduler.repetition import NO_REPETITION, GrowingText, Repetition, RepetitionDrafts
 from scheduler.step_watch import StepWatch
+from scheduler.trace import TraceHeader, TraceWriter
 from scheduler.vllm_calibration import Calibration
 from scheduler.vllm_repetition import NgramMatcher
 from scheduler.vllm_types import DraftingSchedulerOutput, SurvivalDraftTokenIds, attach_speculation
@@ -32,7 +36,7 @@ class SlipstreamScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         drafter = EngineOptions.from_additional_config(dict(self.vllm_config.additional_config)).drafter
-        self._policy: HealthGuard | None = None
+        self._policy: DraftPolicy | None = None
         self._repetition: RepetitionDrafts | None = None
         self._calibration: Calibration | None = None
         self._ledger = SpeculationLedger(self.num_spec_tokens)
@@ -41,7 +45,8 @@ class SlipstreamScheduler(Scheduler):
         if drafter:
             self._options = drafter.policy
             policy = make_policy(self._options, self.num_spec_tokens, self.max_num_scheduled_tokens)
-            self._policy = HealthGuard(policy, self.num_spec_tokens)
+            self._unguarded, self._guard = policy, HealthGuard(policy, self.num_spec_tokens)
+            self._policy = self._recording(drafter, policy) or self._guard
             matcher = NgramMatcher() if self._options.repetition else None
             self._repetition = RepetitionDrafts(matcher) if matcher else None
             self._calibrate(policy, matcher)
@@ -49,6 +54,14 @@ class SlipstreamScheduler(Scheduler):
             # With a table vLLM does not pad a one-token admission with fake drafts, which would be counted as
             # drafts and sampled under other rules. The table itself changes nothing: one length for every batch.
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
+
+    def _recording(self, drafter: DrafterOptions, policy: DraftPolicy) -> RecordingPolicy | None:
+        """The policy with a trace of what it does, if there is to be one; nothing must come between the two."""
+        if self._options.trace_file is None:
+            return None
+        target = Path(self.vllm_config.model_config.model).name
+        header = TraceHeader(self.num_spec_tokens, SOURCES, target, drafter.checkpoint.name, self._options.name)
+        return RecordingPolicy(policy, TraceWriter(self._options.trace_file, header), time.monotonic)
 
     def _calibrate(self, policy: DraftPolicy, matcher: NgramMatcher | None) -> None:
         """Begin to learn step times where none are known; what runs in the background would be measured with them."""
@@ -73,6 +86,8 @@ class SlipstreamScheduler(Scheduler):
     def shutdown(self) -> None:
         """Keep what was learned, then let vLLM clean up."""
         self._keep_costs()
+        if isinstance(self._policy, RecordingPolicy):
+            self._policy.close()
         super().shutdown()
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -211,16 +226,16 @@ class SlipstreamScheduler(Scheduler):
                 attach_speculation(output.scheduler_stats, self._ledger.snapshot())
         return outputs
 
-    def _note(self, policy: HealthGuard, request_id: str, drafts: int, accepted: int, ended: bool) -> None:
+    def _note(self, policy: DraftPolicy, request_id: str, drafts: int, accepted: int, ended: bool) -> None:
         """A request verified ``drafts`` tokens; where its answer ended, how many are right is not known."""
         self._ledger.verified(request_id, drafts, accepted, ended)
         if not ended:
             policy.verified(request_id, drafts, accepted)
-            self._ledger.drafter_works(policy.health.is_healthy)
+            self._ledger.drafter_works(self._guard.health.is_healthy)
 
     def _keep_costs(self) -> None:
         if self._policy is not None:
-            keep_costs(self._options, self._policy.inner)
+            keep_costs(self._options, self._unguarded)
 
     def _forget(self, request_id: str) -> None:
         self._ledger.finished(request_id)

@@ -51,6 +51,16 @@ def read_target_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def check_trace_file(path: Path | None) -> None:
+    """Raise ``ConfigError`` when drafts cannot be recorded there."""
+    if path is None:
+        return
+    if path.exists():
+        raise ConfigError(f"speculation.trace_file: {path} exists already; a trace is written to a new file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"speculation.trace_file: there is no folder {path.parent}")
+
+
 def check_length(settings: Settings, target: dict[str, Any]) -> None:
     """Raise ``ModelError`` when the target was not made for the context length asked for."""
     longest = target.get("max_position_embeddings")

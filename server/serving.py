@@ -21,6 +21,7 @@ from server.preflight import (
     check_drafter,
     check_length,
     check_memory,
+    check_trace_file,
     check_weight_format,
     read_target_config,
 )
@@ -79,6 +80,7 @@ def _prepare(settings: Settings) -> Served:
     target = read_target_config(model)
     check_length(settings, target)
     check_weight_format(settings)
+    check_trace_file(settings.speculation.trace_file)
     drafter = resolve_drafter(settings.speculation.drafter) if settings.speculation.enabled else None
     if drafter is not None:
         check_drafter(drafter, model, target)
@@ -160,6 +162,7 @@ def _engine_shape(served: Served) -> Any:
         cost_file=step_times_file(model.cache_dir, identity),
         cost_identity=identity,
         calibrate=True,
+        trace_file=speculation.trace_file,
     )
     drafter = DrafterOptions(served.drafter, proposal, policy)
     return shape, EngineOptions(drafter, weights=weights, instruction_set=engine.instruction_set)

@@ -84,6 +84,11 @@ class SpeculationSettings(_Section):
         ge=0,
         le=1,
     )
+    trace_file: UserPath | None = _setting(
+        None,
+        "new file in which every draft and how it fared is recorded, for slipstream simulate; record with "
+        "policy = fixed, so that everything is verified",
+    )
     path: Literal["independent", "walk", "beam"] = _setting(
         "beam",
         "how a draft is picked: each token by itself, left to right with the drafter's Markov head, or the best of "

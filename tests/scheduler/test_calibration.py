@@ -13,6 +13,8 @@ def test_phases_grow_up_to_the_most_requests_and_end() -> None:
     calibration = policy(max_requests=8)
     assert [calibration.next_phase() for _ in range(6)] == [1, 2, 4, 8, 0, 0]
     assert policy(max_requests=1).next_phase() == 1
+    many = policy(max_requests=100)
+    assert [many.next_phase() for _ in range(8)] == [1, 2, 4, 8, 16, 32, 64, 0]
 
 
 def test_every_number_of_draft_tokens_is_verified_with_and_without_drafting() -> None:

@@ -16,6 +16,7 @@ from server.preflight import (
     check_drafter,
     check_length,
     check_memory,
+    check_trace_file,
     check_weight_format,
     kv_bytes_per_token,
     read_target_config,
@@ -104,3 +105,13 @@ def test_a_rounded_model_is_never_another_under_its_name(monkeypatch: pytest.Mon
     monkeypatch.setattr(ops, "kernels", lambda: missing)
     with pytest.raises(ConfigError, match="bfloat16 needs the compiled CPU kernels: the library was not built"):
         check_weight_format(Settings(model=ModelSettings(weight_format="bfloat16")))
+
+
+def test_a_trace_needs_a_new_file_in_a_folder_that_is_there(tmp_path: Path) -> None:
+    check_trace_file(None)
+    check_trace_file(tmp_path / "new.jsonl")
+    (tmp_path / "old.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"speculation\.trace_file: .*old\.jsonl exists already"):
+        check_trace_file(tmp_path / "old.jsonl")
+    with pytest.raises(ConfigError, match=r"there is no folder .*missing"):
+        check_trace_file(tmp_path / "missing" / "new.jsonl")

@@ -39,6 +39,7 @@ def test_the_names_that_other_modules_rely_on() -> None:
             "min_draft_tokens",
             "policy",
             "repetition",
+            "trace_file",
             "path",
             "beam_width",
             "max_passes",
