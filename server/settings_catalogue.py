@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType, NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -37,8 +37,8 @@ class Setting:
             return str
         annotation: Any = self.field.annotation
         inner = [part for part in get_args(annotation) if part is not NoneType]
-        kind: type = inner[0] if inner else annotation
-        return kind
+        kind: Any = inner[0] if inner else annotation
+        return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
     @property
     def choices(self) -> tuple[str, ...]:
