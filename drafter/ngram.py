@@ -8,9 +8,11 @@ what a request has said before is the best guide to what it says next.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from drafter.types import TargetForward
 
@@ -171,10 +173,21 @@ class HashedNgrams:
         # A history may have been forgotten while a continuation of it was not.
         seen = np.minimum(counts, histories.totals[..., None, :])
         frequency = self._unigrams[candidates].astype(np.float32) + np.float32(0.5)
-        mass = self._total + 0.5 * self.vocab_size
+        mass = self.text_mass
         result: npt.NDArray[np.float32] = frequency * (histories.rest[..., None] / np.float32(mass))
         result += (seen @ histories.shares[..., None])[..., 0]
         return result
+
+    @property
+    def text_mass(self) -> float:
+        """What the counts of all unigrams add up to, each with a half added."""
+        return self._total + 0.5 * self.vocab_size
+
+    @cached_property
+    def memory(self) -> list[torch.Tensor]:
+        """For kernels, the counts themselves, which change as text is observed: cells and values of the table, as
+        ``_CountTable.memory`` has them; ``[vocab_size]`` int32 unigrams; ``[levels]`` float32 concentrations."""
+        return [*self._table.memory(), torch.from_numpy(self._unigrams), torch.from_numpy(self._concentrations)]
 
     def _halve(self) -> None:
         self._table.halve()
@@ -300,8 +313,13 @@ class _CountTable:
         """Halve every count, downwards; what falls to zero is gone."""
         counts = (self._cells & _COUNT) >> _ONE
         alive = counts > 0
-        self._cells = ((self._cells & _TAG) | counts) * alive
+        # In place: kernels read this memory.
+        np.multiply((self._cells & _TAG) | counts, alive, out=self._cells)
         self._values *= alive
+
+    def memory(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The table itself, ``[buckets, ways]``: cells as int64, values as int32."""
+        return torch.from_numpy(self._cells.view(np.int64)), torch.from_numpy(self._values)
 
     def _claim(
         self, buckets: npt.NDArray[np.int64], cells: _Keys, values: npt.NDArray[np.int32]

@@ -40,6 +40,11 @@ class PackedLinear(nn.Module):
             return
         self._weight = weight.new_empty(0)  # the packed one is enough
 
+    @property
+    def packed(self) -> PackedWeight | None:
+        """The weight as our kernels take it; ``None`` where they do not run it."""
+        return self._packed
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         result: torch.Tensor
@@ -62,8 +67,14 @@ class PackedMarkovHead:
     """``MarkovHead`` with its weights packed for serving."""
 
     def __init__(self, head: MarkovHead):
-        self._previous = head.previous.weight.detach()
+        self._previous = head.previous.weight.detach().contiguous()
         self._logits = PackedLinear(head.logits.weight)
+
+    @property
+    def weights(self) -> tuple[torch.Tensor, PackedWeight] | None:
+        """``[vocab, rank]`` rows of the token before and what multiplies them, where our kernels run both."""
+        packed = self._logits.packed
+        return None if packed is None else (self._previous, packed)
 
     def __call__(self, previous: torch.Tensor) -> torch.Tensor:
         bias: torch.Tensor = self._logits(F.embedding(previous, self._previous))

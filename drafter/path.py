@@ -21,6 +21,7 @@ from drafter.coupled import Draws
 from drafter.head import DraftHead
 from drafter.ngram import UNKNOWN, HashedNgrams, NgramHistories, TextContext, Tokens
 from drafter.types import DraftPath, PathSearcher
+from drafter.walk import one_call_walk
 
 _Floats = npt.NDArray[np.float32]
 _Flags = npt.NDArray[np.bool_]
@@ -58,6 +59,11 @@ class DraftVocabulary:
         if self._token_ids is not None:
             self._rows = np.full(int(self._token_ids.max()) + 2, UNKNOWN, dtype=np.int64)
             self._rows[self._token_ids] = np.arange(len(self._token_ids))
+
+    @property
+    def tables(self) -> list[torch.Tensor]:
+        """Target ids by row and rows by target id, the last ``UNKNOWN``; nothing if they are the same."""
+        return [] if self._token_ids is None else [torch.from_numpy(self._token_ids), torch.from_numpy(self._rows)]
 
     def tokens(self, rows: Tokens) -> Tokens:
         """Target ids of ``rows`` of any shape."""
@@ -153,8 +159,12 @@ class BeamSearch:
     """
 
     def __init__(self, head: DraftHead, ngrams: HashedNgrams | None = None, options: BeamOptions | None = None):
-        self._options = options or BeamOptions()
+        self._options = options = options or BeamOptions()
         self._vocabulary, self._markov, self._ngrams = DraftVocabulary(head.token_ids), head.markov, ngrams
+        tables = self._vocabulary.tables
+        self._walk = None
+        if options.width == 1:
+            self._walk = one_call_walk(head, tables, ngrams, options.max_candidates, options.mass)
 
     def behind(
         self, context: TextContext | None, end_tokens: Sequence[Set[int]] | None, draws: Draws | None = None
@@ -185,8 +195,10 @@ class BeamSearch:
         Returns:
             Behind an end-of-text token, free slots repeat the token before them, with probability 0.
         """
-        held = None if fixed is None else fixed.cpu().numpy()
         ends = _end_table(end_tokens or [set()] * len(anchors))
+        if self._walk is not None and fixed is None:
+            return self._walk(logits, anchors, context, ends, draws)
+        held = None if fixed is None else fixed.cpu().numpy()
         beams = _Beams.start(anchors.cpu().numpy(), context, ends, logits.shape[1])
         for slot in range(logits.shape[1]):
             candidates = self._candidates(logits[:, slot], beams, None if held is None else held[:, slot])

@@ -6,10 +6,12 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "../common/checks.h"
 #include "args.h"
+#include "linear_call.h"
 #include "parallel.h"
 
 namespace slipstream {
@@ -137,5 +139,9 @@ inline void check_slots(const Tensor& slot_mapping, int64_t slots) {
                     ", the slots of key_cache");
   }
 }
+
+// A packed weight of cuda_ext/linear.py; messages call its inputs the width of `input`.
+LayerWeight weight_of(const Tensor& panels, const std::optional<Tensor>& scales, const std::string& format, int64_t in,
+                      int64_t out, const char* input);
 
 }  // namespace slipstream

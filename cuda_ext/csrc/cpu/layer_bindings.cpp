@@ -33,7 +33,8 @@ int64_t panel_block_bytes(WeightFormat format) {
   }
 }
 
-// `in` is named as the width of `input`.
+}  // namespace
+
 LayerWeight weight_of(const Tensor& panels, const std::optional<Tensor>& scales, const std::string& name, int64_t in,
                       int64_t out, const char* input) {
   check_dim(panels, "panels", 1);
@@ -54,6 +55,8 @@ LayerWeight weight_of(const Tensor& panels, const std::optional<Tensor>& scales,
   }
   return {panels.const_data_ptr(), format, scales ? data_of<float>(*scales) : nullptr, in, out};
 }
+
+namespace {
 
 Tensor linear(const Tensor& input, const Tensor& panels, const std::optional<Tensor>& scales, int64_t out,
               std::string format) {
