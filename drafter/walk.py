@@ -80,7 +80,7 @@ class OneCallWalk:
 def one_call_walk(
     head: DraftHead, vocabulary: list[torch.Tensor], ngrams: HashedNgrams | None, count: int, mass: float
 ) -> OneCallWalk | None:
-    """The walk behind ``head``, or ``None`` where our kernels do not run all of it; for the others see ``OneCallWalk``."""
+    """The walk behind ``head``, or ``None`` where our kernels do not run all of it; the rest is ``OneCallWalk``'s."""
     if not ops.kernels().cpu_compiled or head.weight.device.type != "cpu" or head.weight.dtype != torch.float32:
         return None
     if head.markov is None:
