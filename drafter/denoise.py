@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from drafter.layers import BlockContext, BlockRows
-from drafter.refine import BlockShape, PassPlan, observe, plan_pass
+from drafter.refine import BlockShape, PassPlan, observe, plan_first_pass, plan_pass
 from drafter.serving import BlockCache, ServingDrafter
 from drafter.thresholds import Thresholds
 from drafter.types import DraftPath, PathSearcher
@@ -69,10 +69,15 @@ def denoise(
         thresholds: probabilities from which draft tokens are observed.
         max_passes: at most that many passes over a block, from 1.
     """
-    blocks = _Blocks(serving, starts, drafts)
-    path = search(blocks.predict(1), starts.anchors, None)
+    shape = BlockShape.of(serving.config, drafts)
+    cache = serving.block_cache(len(starts.anchors), shape.slots)
+    logits = _first_pass(serving, starts, shape, cache)
+    path = search(logits, starts.anchors, None)
     passes = torch.ones_like(starts.anchors)
-    result = Denoised(path, passes, [(path, blocks.open_drafts())])
+    result = Denoised(path, passes, [(path, torch.ones_like(path.tokens, dtype=torch.bool))])
+    if max_passes == 1:
+        return result
+    blocks = _Blocks(serving, starts, shape, cache, logits)
     for number in range(2, max_passes + 1):
         enough = thresholds.at(number - 1, starts.request_ids, drafts).to(path.probabilities.device)
         if not blocks.observe(path, path.probabilities >= enough, number - 1):
@@ -84,37 +89,48 @@ def denoise(
     return result
 
 
+def _first_pass(serving: ServingDrafter, starts: BlockStarts, shape: BlockShape, cache: BlockCache) -> torch.Tensor:
+    """Run blocks of which only the anchors are known; returns the logits ``[R, drafts, draft_vocab]``."""
+    plan = plan_first_pass(shape, starts.context.lengths)
+    tokens = torch.full(plan.slots.shape, serving.config.mask_token_id, device=starts.anchors.device)
+    tokens[:, 0] = starts.anchors
+    inputs = serving.block_inputs(tokens, plan.slots, starts.last_features)
+    rows = BlockRows(plan.positions, plan.places, plan.visible)
+    hidden = serving.run(inputs, rows, starts.context, cache)
+    return serving.head.logits(hidden[:, shape.first : shape.first + shape.drafts])
+
+
 class _Blocks:
     """The blocks of all requests between passes; those with nothing left to gain drop out for good.
 
     Attributes:
         fixed: ``[R, drafts]`` int64 observed draft tokens, -1 for the others.
         refined: ``[r]`` int64 rows of the requests that still take part.
+
+    Args:
+        cache: what the first pass left there.
+        logits: ``[R, drafts, draft_vocab]`` of the first pass; later passes change them.
     """
 
-    def __init__(self, serving: ServingDrafter, starts: BlockStarts, drafts: int):
-        self._serving, self._starts = serving, starts
-        self._shape = BlockShape.of(serving.config, drafts)
+    def __init__(
+        self, serving: ServingDrafter, starts: BlockStarts, shape: BlockShape, cache: BlockCache, logits: torch.Tensor
+    ):
+        self._serving, self._starts, self._shape, self._cache, self._logits = serving, starts, shape, cache, logits
         requests, device = len(starts.anchors), starts.anchors.device
-        self.fixed = torch.full((requests, drafts), -1, device=device)
+        self.fixed = torch.full((requests, shape.drafts), -1, device=device)
         self.refined = torch.arange(requests, device=device)
-        self._observed_at = self._shape.unobserved(requests, device)
-        self._cache = serving.block_cache(requests, self._shape.slots)
-        self._logits: torch.Tensor | None = None
+        self._observed_at = shape.unobserved(requests, device)
 
     def predict(self, pass_number: int) -> torch.Tensor:
-        """Run one pass; returns the logits ``[R, drafts, draft_vocab]`` of all draft tokens, old and new."""
+        """Run a later pass; returns the logits ``[R, drafts, draft_vocab]`` of all draft tokens, old and new."""
         starts = self._starts
         plan = plan_pass(self._shape, self._observed_at, starts.context.lengths.long(), pass_number)
         rows = BlockRows(plan.positions, plan.places, plan.visible)
         inputs = self._serving.block_inputs(self._inputs(plan), plan.slots, starts.last_features)
         hidden = self._serving.run(inputs, rows, starts.context, self._cache)
-        logits = self._serving.head.logits(hidden[plan.predicting])
-        if self._logits is None:
-            self._logits = logits.view(len(self.fixed), self._shape.drafts, -1)
-        else:
-            row, column = plan.predicting.nonzero(as_tuple=True)
-            self._logits[self.refined[row], plan.slots[row, column] - self._shape.first] = logits
+        row, column = plan.predicting.nonzero(as_tuple=True)
+        logits = self._serving.head.logits(hidden[row, column])
+        self._logits[self.refined[row], plan.slots[row, column] - self._shape.first] = logits
         return self._logits
 
     def open_drafts(self) -> torch.Tensor:

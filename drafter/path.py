@@ -351,10 +351,9 @@ class _Beams:
 
 def _end_table(end_tokens: Sequence[Set[int]]) -> Tokens:
     """``[B, E]``, every request's own, padded with ``UNKNOWN``."""
-    table = np.full((len(end_tokens), max(map(len, end_tokens), default=0)), UNKNOWN, dtype=np.int64)
-    for row, tokens in zip(table, end_tokens, strict=True):
-        row[: len(tokens)] = sorted(tokens)
-    return table
+    width = max(map(len, end_tokens), default=0)
+    rows = [[*sorted(tokens), *[UNKNOWN] * (width - len(tokens))] for tokens in end_tokens]
+    return np.array(rows, dtype=np.int64).reshape(len(rows), width)
 
 
 def _extra(beams: _Beams, histories: NgramHistories | None) -> Tokens:

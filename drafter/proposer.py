@@ -162,9 +162,10 @@ def up_to_end(tokens: Sequence[int], ends: Set[int]) -> int:
 
 def _block_starts(forward: TargetForward, features: torch.Tensor, rows: list[int]) -> BlockStarts:
     """Where the blocks of the requests ``rows`` begin, behind what each has just emitted."""
-    index = torch.tensor(rows, device=features.device)
+    # Mostly it is all of them, and a slice costs nothing.
+    index = slice(None) if len(rows) == len(forward.request_ids) else torch.tensor(rows, device=features.device)
     lengths = forward.context_lens[index]
-    first_rows = forward.row_starts[index]
+    first_rows = forward.row_starts[:-1][index]
     last_rows = first_rows + lengths - 1 - forward.positions[first_rows]
     return BlockStarts(
         request_ids=[forward.request_ids[r] for r in rows],

@@ -6,7 +6,8 @@ reordering, arXiv 2512.22737). Slot 0 holds the anchor; slot ``i + 1`` holds dra
 slot ``i`` predicts draft token ``i``, so that no slot holds the last one; in DFlash's scheme slot ``i + 1`` does.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -74,6 +75,26 @@ class PassPlan:
     places: torch.Tensor
     visible: torch.Tensor
     predicting: torch.Tensor
+
+
+def plan_first_pass(shape: BlockShape, first_positions: torch.Tensor) -> PassPlan:
+    """``plan_pass`` of blocks of which only the anchor is known: all slots in order, laid out once for all time.
+
+    Args:
+        first_positions: ``[requests]`` int32 or int64 position of the anchor.
+    """
+    plan = _first_pass(shape, len(first_positions), first_positions.device)
+    return replace(plan, positions=first_positions[:, None] + plan.positions)
+
+
+@lru_cache(maxsize=256)
+def _first_pass(shape: BlockShape, requests: int, device: torch.device) -> PassPlan:
+    """The first pass over blocks at position 0; nobody may change its tensors."""
+    slots = torch.arange(shape.slots, device=device)
+    visible = slots + 1 if shape.causal else torch.full_like(slots, shape.slots)
+    predicting = (slots >= shape.first) & (slots < shape.first + shape.drafts)
+    rows = (slots, slots, slots, visible.to(torch.int32), predicting)
+    return PassPlan(*(row.repeat(requests, 1) for row in rows))
 
 
 def plan_pass(

@@ -1,6 +1,6 @@
 """The walk through draft blocks in one call, against the beam search of width 1 that defines it."""
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
@@ -125,7 +125,7 @@ class Case:
         return found
 
 
-NGRAMS = {
+NGRAMS: dict[str, Callable[[], HashedNgrams | None]] = {
     "no n-grams": lambda: None,
     "empty": lambda: HashedNgrams(VOCAB, 2**10),
     "learnt": make_ngrams,
@@ -199,7 +199,7 @@ def test_behind_an_end_of_text_its_token_is_repeated() -> None:
 def test_an_end_of_text_that_was_proposed_already_counts_once() -> None:
     head = make_head(markov=False, cut=False)
     model = HashedNgrams(VOCAB, 2**10)
-    model.observe(*(np.full(3, token) for token in (4, 5, END)), np.full(3, 2))
+    model.observe(np.full(3, 4), np.full(3, 5), np.full(3, END), np.full(3, 2))
     for likely in (True, False):
         case = Case(head, model, blocks=2, slots=1, ends=(END,))
         logits = torch.zeros(2, 1, VOCAB)

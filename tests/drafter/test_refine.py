@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from drafter.config import DrafterConfig
-from drafter.refine import MASKED, BlockShape, observe, plan_pass
+from drafter.refine import MASKED, BlockShape, observe, plan_first_pass, plan_pass
 from tests.drafter.tiny import dflash_config, shift_config
 
 M = MASKED
@@ -121,3 +121,17 @@ def test_a_single_draft_token_of_the_shift_scheme_cannot_be_refined() -> None:
     shape = BlockShape.of(shift_config(), 1)
     after, gaining = observe(shape, shape.unobserved(1, torch.device("cpu")), flags([1]), 1)
     assert after.tolist() == [[0]] and gaining.tolist() == [False]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [SHIFT, CAUSAL, BIDIRECTIONAL, BlockShape.of(shift_config(causal=False), 2), BlockShape.of(dflash_config(), 1)],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_first_pass_is_planned_in_advance(shape: BlockShape, dtype: torch.dtype) -> None:
+    for first_positions in (torch.tensor([7, 40]), torch.tensor([3]), torch.tensor([0, 1])):
+        start = shape.unobserved(len(first_positions), torch.device("cpu"))
+        plan = plan_first_pass(shape, first_positions.to(dtype))
+        for found, expected in zip(astuple(plan), astuple(plan_pass(shape, start, first_positions, 1)), strict=True):
+            assert found.dtype == expected.dtype and found.is_contiguous() and torch.equal(found, expected)
