@@ -12,6 +12,7 @@ from drafter.coupled import Draws
 from drafter.head import DraftHead
 from drafter.model import MarkovHead
 from drafter.ngram import UNKNOWN, HashedNgrams, TextContext
+from drafter.packed import PackedMarkovHead
 from drafter.path import BeamOptions, BeamSearch, DraftVocabulary, independent
 from drafter.types import DraftPath, RandomSampling
 from tests.drafter.tiny import HIDDEN, fill
@@ -22,14 +23,15 @@ END = 6
 EVERYTHING = BeamOptions(width=10**4, mass=1.0, max_candidates=10**4)
 
 
-def make_head(markov: bool = True, cut: bool = True, seed: int = 0) -> DraftHead:
+def make_head(markov: bool = True, cut: bool = True, seed: int = 0, packed: bool = False) -> DraftHead:
     generator = torch.Generator().manual_seed(seed)
     rows = DRAFT_VOCAB if cut else VOCAB
     correction = MarkovHead(VOCAB, rows, 3) if markov else None
     if correction is not None:
         fill(correction, generator)
         correction.requires_grad_(False)
-    return DraftHead(torch.zeros(rows, HIDDEN), TOKEN_IDS if cut else None, correction)
+    bias = PackedMarkovHead(correction) if packed and correction is not None else correction
+    return DraftHead(torch.zeros(rows, HIDDEN), TOKEN_IDS if cut else None, bias)
 
 
 def make_logits(head: DraftHead, seed: int = 1, blocks: int = BLOCKS, scale: float = 1.5) -> torch.Tensor:
@@ -127,9 +129,10 @@ def value(path: DraftPath, block: int) -> float:
     return float(path.survival[block].sum())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     markov=st.booleans(),
+    packed=st.booleans(),
     cut=st.booleans(),
     learnt=st.booleans(),
     fixed=st.booleans(),
@@ -145,6 +148,7 @@ def value(path: DraftPath, block: int) -> float:
 )
 def test_the_search_equals_a_naive_one(
     markov: bool,
+    packed: bool,
     cut: bool,
     learnt: bool,
     fixed: bool,
@@ -153,7 +157,8 @@ def test_the_search_equals_a_naive_one(
     drawn: bool,
     seed: int,
 ) -> None:
-    head, ngrams, held = make_head(markov, cut, seed), make_ngrams(seed) if learnt else None, FIXED if fixed else None
+    head, ngrams = make_head(markov, cut, seed, packed), make_ngrams(seed) if learnt else None
+    held = FIXED if fixed else None
     logits = make_logits(head, seed)
     draws = Draws.of([RandomSampling(seed, 1.0), RandomSampling(-9, 0.3), RandomSampling(4, 2.0)], [8, 3, seed])
     path = BeamSearch(head, ngrams, options)(
