@@ -184,14 +184,15 @@ def test_every_part_of_the_model_shows_in_the_drafts() -> None:
     assert outside  # what the n-gram model alone proposed
 
 
-def test_behind_an_end_of_text_its_token_is_repeated() -> None:
-    case = Case(make_head(markov=False, cut=False), make_ngrams(), blocks=4, ends=(END,))
+@pytest.mark.parametrize("markov", [True, False], ids=["markov", "no markov"])
+def test_behind_an_end_of_text_its_token_is_repeated(markov: bool) -> None:
+    case = Case(make_head(markov, cut=False), make_ngrams(), blocks=4, ends=(END,))
     logits = case.logits
-    logits[1, 0, END] = logits[2, 2, END] = logits[3, 4, END] = 30
+    logits[1, 0, END] = logits[2, 2, END] = logits[3, 4, END] = 90
     found = case.check(logits)
     assert found.tokens[1].tolist() == [END] * 5 and found.tokens[2, 2:].tolist() == [END] * 3
     assert found.probabilities[1, 1:].tolist() == [0] * 4 and bool((found.probabilities[3] > 0).all())
-    logits[:, 0, END] = 30
+    logits[:, 0, END] = 90
     # Block 0 has no end tokens.
     assert case.check(logits).tokens[0, 1:].tolist() != [END] * 4
 
@@ -242,6 +243,30 @@ def test_what_is_no_number_makes_no_other_tokens_than_there_are() -> None:
     tokens = case.walk(logits).tokens
     assert bool(((tokens >= 0) & (tokens < VOCAB)).all())
     assert torch.equal(tokens[0], case.walk(case.logits).tokens[0])
+
+
+def test_a_history_that_was_forgotten_in_part() -> None:
+    """No continuation counts for more than what is left of it."""
+    model = HashedNgrams(VOCAB, 2**10)
+    model.observe(np.full(9, 4), np.full(9, 5), np.full(9, 60), np.full(9, 2))
+    cells, values, *_ = model.memory
+    cells[values > 0] -= 7
+    head, logits = make_head(markov=False), torch.zeros(1, 2, DRAFT_VOCAB)
+    context = TextContext(np.array([4]), np.array([2]))
+    beam = BeamSearch(head, model, BeamOptions(1))
+    found, expected = (beam(logits, torch.tensor([5]), fixed, context) for fixed in (None, torch.full((1, 2), -1)))
+    assert found.tokens[0, 0] == 60 and torch.equal(found.tokens, expected.tokens)
+    torch.testing.assert_close(found.probabilities, expected.probabilities, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("bit", [32, 39, 63])
+@torch.inference_mode()
+def test_counts_under_other_tags_are_not_taken(bit: int) -> None:
+    model = make_ngrams()
+    case = Case(make_head(), model, blocks=6)
+    known = case.check()
+    model.memory[0].bitwise_xor_(torch.tensor(1 << bit if bit < 63 else -(1 << 63)))
+    assert not torch.equal(case.check().probabilities, known.probabilities)
 
 
 def test_text_that_is_observed_later_counts() -> None:
