@@ -37,8 +37,9 @@ class Setting:
             return str
         annotation: Any = self.field.annotation
         inner = [part for part in get_args(annotation) if part is not NoneType]
-        kind: Any = inner[0] if inner else annotation
-        return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+        found: Any = inner[0] if inner else annotation
+        kind: type = get_args(found)[0] if get_origin(found) is Annotated else found
+        return kind
 
     @property
     def choices(self) -> tuple[str, ...]:
