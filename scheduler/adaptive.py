@@ -80,6 +80,23 @@ class AdaptivePolicy:
                 self._repeating.add(request_id)
         return admissions
 
+    def reserve(self, coming: ComingStep) -> list[int]:
+        """Draft tokens to keep room for in a step that is scheduled before its drafts are made.
+
+        In place of their probabilities there is what history lets expect; everything else is as in ``admit``.
+        """
+        lengths = np.array(self.plan(coming), dtype=np.int64)
+        context_lens = np.array(coming.context_lens, dtype=np.int64)
+        expected = self.acceptance[Source.DRAFTER].expected(coming.request_ids, context_lens, self._slots)
+        survival = expected * (np.arange(self._slots) < lengths[:, None])
+        drafted = {name: row for name, row, length in zip(coming.request_ids, survival, lengths, strict=True) if length}
+        return self._controller.admit(survival, drafted, _load(coming, self._planned)).admitted
+
+    def reserved_verified(self, request_id: str, verified: int, accepted: int, context_len: int) -> None:
+        """What became of tokens that were reserved; by then, later ones have been reserved as well."""
+        unknown = np.full(verified, np.nan)
+        self.acceptance[Source.DRAFTER].observe(request_id, unknown, verified, accepted, context_len)
+
     def verified(self, request_id: str, verified: int, accepted: int) -> None:
         """See ``DraftPolicy``."""
         source = self._admitted.pop(request_id, None)

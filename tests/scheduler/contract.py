@@ -45,6 +45,12 @@ OVERRIDDEN = {
         "update_draft_token_ids": "draft_token_ids",
         "update_from_output": "scheduler_output model_runner_output",
     },
+    "scheduler.vllm_async_scheduler:SlipstreamAsyncScheduler": {
+        "__init__": "args kwargs",
+        "schedule": "throttle_prefills",
+        "_update_after_schedule": "scheduler_output",
+        "update_from_output": "scheduler_output model_runner_output",
+    },
     "scheduler.vllm_sampler:PositionKeyedSampler": {"sample": "logits sampling_metadata logprobs_mode_override"},
     "scheduler.vllm_sampler:PositionKeyedRejectionSampler": {
         "forward": "metadata draft_probs logits sampling_metadata"
@@ -165,6 +171,8 @@ ATTRIBUTES = [
     ),
     ("scheduler.vllm_scheduler", "vllm.v1.core.sched.output:SchedulerOutput", "finished_req_ids kv_cache_block_copies"),
     ("scheduler.vllm_calibration", SCHEDULER, "requests"),
+    ("scheduler.vllm_async_scheduler", "vllm.v1.request:Request", "spec_token_ids is_prefill_chunk num_tokens"),
+    ("scheduler.vllm_async_scheduler", "vllm.v1.core.sched.output:SchedulerOutput", "num_spec_tokens_to_schedule"),
     ("scheduler.vllm_scheduler", "vllm.v1.engine:EngineCoreOutputs", "outputs scheduler_stats"),
     ("scheduler.vllm_scheduler", "vllm.v1.engine:EngineCoreOutput", "request_id new_token_ids"),
     ("scheduler.vllm_scheduler", "vllm.v1.metrics.stats:SchedulerStats", "spec_decoding_stats"),
