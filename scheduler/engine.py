@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -87,8 +87,10 @@ def start_engine(arguments: dict[str, Any], history: SpeculationHistory | None =
     """Start the engine's processes and wait until they can serve; ``history`` then counts speculation."""
     # Ours extends vLLM's first model runner; without drafting vLLM might choose the second one, past our sampler.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    # Always there: vLLM's own loggers cannot read our part of the statistics, which this one takes out.
+    # vLLM's own loggers cannot read our part of the statistics, which this one takes out.
     loggers = [partial(SpeculationStatLogger, history=history)]
+    options = replace(EngineOptions.from_additional_config(arguments["additional_config"]), statistics=True)
+    arguments = {**arguments, "additional_config": options.to_additional_config()}
     config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
     if current_platform.is_cpu() and _openmp_survives_forks(os.environ):
         # vLLM's CPU platform has just asked for a fresh interpreter, which would spend seconds on importing again what

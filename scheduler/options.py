@@ -90,13 +90,16 @@ class RecorderOptions:
 class EngineOptions:
     """Which proposer the engine runs, neither meaning plain decoding, and how it holds the target's weights.
 
-    ``instruction_set`` names that of the CPU kernels; ``auto`` is the best that the processor has.
+    Attributes:
+        instruction_set: of the CPU kernels; ``auto`` is the best that the processor has.
+        statistics: the front end listens to our part of the statistics; others could not read it.
     """
 
     drafter: DrafterOptions | None = None
     recorder: RecorderOptions | None = None
     weights: TargetWeights = TargetWeights.EXACT
     instruction_set: str = "auto"
+    statistics: bool = False
 
     def to_additional_config(self) -> dict[str, Any]:
         """A JSON-serialisable form that ``from_additional_config`` reads back."""
@@ -119,6 +122,7 @@ class EngineOptions:
             RecorderOptions(Path(recorder["folder"]), tuple(recorder["layers"])) if recorder else None,
             TargetWeights(plain.get("weights", TargetWeights.EXACT)),
             plain.get("instruction_set", "auto"),
+            plain.get("statistics", False),
         )
 
 

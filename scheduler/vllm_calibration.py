@@ -1,5 +1,6 @@
 """Requests that an engine gives itself at its first start, to learn how long its steps take."""
 
+import time
 from collections.abc import Callable
 
 from vllm import SamplingParams
@@ -10,10 +11,13 @@ from scheduler.calibration import CalibrationPolicy
 
 _PREFIX = "slipstream-calibration-"
 _PROMPT = [1, 2]
+_MOST_SECONDS = 4.0
 
 
 class Calibration:
-    """Runs the phases of a ``CalibrationPolicy``, one after the other, until the first real request comes.
+    """Runs the phases of a ``CalibrationPolicy``, one after the other.
+
+    The first real request ends it, and so does its time: a machine that is busy otherwise shall not start any later.
 
     Args:
         scheduler: whose engine is calibrated.
@@ -28,9 +32,16 @@ class Calibration:
         self._left = self._requests = 0
         self._running: set[str] = set()
         self._count = 0
+        self._started: float | None = None
 
     def advance(self, add_request: Callable[[Request], None]) -> bool:
         """Go on, if need be with the next phase; whether there is anything left to do."""
+        now = time.monotonic()
+        if self._started is None:
+            self._started = now
+        if now - self._started > _MOST_SECONDS:
+            self.stop()
+            return False
         if any(request_id in self._scheduler.requests for request_id in self._running):
             return True
         if self._left <= 0:

@@ -35,7 +35,8 @@ class SlipstreamScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        drafter = EngineOptions.from_additional_config(dict(self.vllm_config.additional_config)).drafter
+        options = EngineOptions.from_additional_config(dict(self.vllm_config.additional_config))
+        drafter, self._reports = options.drafter, options.statistics
         self._policy: DraftPolicy | None = None
         self._repetition: RepetitionDrafts | None = None
         self._calibration: Calibration | None = None
@@ -223,7 +224,8 @@ class SlipstreamScheduler(Scheduler):
                     self._note(self._policy, request.request_id, drafts, accepted, request.finished)
             if output.scheduler_stats is not None:
                 output.scheduler_stats.spec_decoding_stats = stats if stats.num_drafts else None
-                attach_speculation(output.scheduler_stats, self._ledger.snapshot())
+                if self._reports:
+                    attach_speculation(output.scheduler_stats, self._ledger.snapshot())
         return outputs
 
     def _note(self, policy: DraftPolicy, request_id: str, drafts: int, accepted: int, ended: bool) -> None:

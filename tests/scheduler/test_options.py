@@ -29,7 +29,7 @@ RECORDER = RecorderOptions(Path("/corpus"), layers=(2, 11, 30))
         EngineOptions(drafter=DRAFTER),
         EngineOptions(drafter=DrafterOptions(Path("/drafters/d"), PROPOSAL)),
         EngineOptions(recorder=RECORDER),
-        EngineOptions(weights=TargetWeights.INT8, instruction_set="avx2"),
+        EngineOptions(weights=TargetWeights.INT8, instruction_set="avx2", statistics=True),
     ],
     ids=str,
 )
@@ -46,6 +46,7 @@ def test_the_options_lie_under_a_key_of_their_own() -> None:
             "recorder": {"folder": "/corpus", "layers": (2, 11, 30)},
             "weights": "exact",
             "instruction_set": "auto",
+            "statistics": False,
         }
     }
     assert list(config) == [ADDITIONAL_CONFIG_KEY]
