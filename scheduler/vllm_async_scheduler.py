@@ -24,6 +24,7 @@ class SlipstreamAsyncScheduler(AsyncScheduler):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.policy = AdaptivePolicy(self.num_spec_tokens, 0, CostModel(self.max_num_scheduled_tokens))
+        self.clock = time.perf_counter  # seconds of a monotonic clock
         self._previous: dict[str, int] = {}
         self._finished = 0.0
 
@@ -67,7 +68,7 @@ class SlipstreamAsyncScheduler(AsyncScheduler):
 
     def _time(self, output: SchedulerOutput) -> None:
         """Learn from a step's time: in a pipeline, that is the time between its result and the one before."""
-        now, scheduled = time.perf_counter(), output.num_scheduled_tokens
+        now, scheduled = self.clock(), output.num_scheduled_tokens
         if self._previous.keys() & scheduled.keys():  # else the engine may have stood idle
             known = [self.requests[name] for name in scheduled if name in self.requests]
             context_tokens = sum(request.num_computed_tokens for request in known)

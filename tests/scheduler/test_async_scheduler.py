@@ -50,9 +50,14 @@ def scheduler(config: Any) -> SlipstreamAsyncScheduler:
 
 
 class Pipeline:
-    """Runs a scheduler two steps deep, with a made-up model that accepts ``right[request]`` draft tokens at most."""
+    """Runs a scheduler two steps deep, with a made-up model that accepts ``right[request]`` draft tokens at most.
+
+    A step takes 10 ms and 2 ms for each of its tokens.
+    """
 
     def __init__(self, scheduler: SlipstreamAsyncScheduler, right: dict[str, int]):
+        self._now = 0.0
+        scheduler.clock = lambda: self._now
         self.scheduler, self.right = scheduler, right
         self.placeholders: dict[str, list[int]] = {name: [] for name in right}
         self._flying: list[SchedulerOutput] = []
@@ -77,6 +82,7 @@ class Pipeline:
         drafts = [len(output.scheduled_spec_decode_tokens.get(name, ())) for name in names]
         sampled = [[9] * (1 + min(count, self.right[name])) for name, count in zip(names, drafts, strict=True)]
         rows = {name: row for row, name in enumerate(names)}
+        self._now += 0.010 + 0.002 * output.total_num_scheduled_tokens
         result = ModelRunnerOutput(req_ids=names, req_id_to_index=rows, sampled_token_ids=sampled)
         self.scheduler.update_from_output(output, result)
 

@@ -6,7 +6,8 @@ from server.serving import Served, _engine_shape
 from server.settings import Settings, SpeculationSettings
 
 
-def test_every_setting_of_drafting_reaches_the_drafter() -> None:
+def test_every_setting_of_drafting_reaches_the_drafter(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
     speculation = SpeculationSettings(
         max_draft_tokens=3,
         path="walk",
@@ -17,7 +18,7 @@ def test_every_setting_of_drafting_reaches_the_drafter() -> None:
         stop_at_end=False,
         coupled_sampling=False,
     )
-    served = Served(Settings(speculation=speculation), Path("models/m"), "m", Path("drafters/d"))
+    served = Served(Settings(speculation=speculation), tmp_path, "m", tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vLLM's imports warn of their own accord
         _, options = _engine_shape(served)
