@@ -1,6 +1,7 @@
 """Runs the worker inside the engine-core process, where the platform has no use for a second one."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -18,8 +19,18 @@ class InlineExecutor(UniProcExecutor):
 
     def _init_executor(self) -> None:
         _die_with_parent()
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        _take_all_cores()
         super()._init_executor()
+
+
+def _take_all_cores() -> None:
+    """Use every core that this process may use; of an engine core, every one that the front end may use.
+
+    In a forked process Intel's OpenMP runtime binds the first thread to the first core, and all that follow inherit it.
+    """
+    if multiprocessing.parent_process() is not None:
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def _die_with_parent() -> None:

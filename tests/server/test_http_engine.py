@@ -1,8 +1,10 @@
 """The HTTP API over the real engine: what clients send, and what must not take the engine down."""
 
 import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -241,3 +243,11 @@ def test_plain_server_reports_that_drafting_is_off(plain_server: EngineServer) -
     assert report["enabled"] is False and report["drafter"] is None and report["max_draft_tokens"] == 0
     assert report["since_start"]["verify_steps"] == 0 and report["drafting"] is False
     assert "slipstream:max_draft_tokens 0.0" in plain_server.client.get("/metrics").text
+
+
+def test_the_engine_computes_on_all_cores(drafting_server: EngineServer) -> None:
+    children = Path(f"/proc/{drafting_server.process.pid}/task/{drafting_server.process.pid}/children")
+    engines = [int(child) for child in children.read_text().split()]
+    assert engines
+    for engine in engines:
+        assert os.sched_getaffinity(engine) == os.sched_getaffinity(0)
