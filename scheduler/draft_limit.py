@@ -15,3 +15,9 @@ def requested_draft_limit(extra_args: Mapping[str, Any] | None) -> int | None:
     """
     value = extra_args.get(DRAFT_LIMIT_KEY) if extra_args else None
     return value if type(value) is int and value >= 0 else None
+
+
+def draft_limit(extra_args: Mapping[str, Any] | None, slots: int) -> int:
+    """The most draft tokens of the request that may be verified in one step, where nobody gets more than ``slots``."""
+    requested = requested_draft_limit(extra_args)
+    return slots if requested is None else min(requested, slots)

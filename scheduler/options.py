@@ -35,13 +35,11 @@ class PolicyName(StrEnum):
     """How draft lengths are chosen.
 
     ``ADAPTIVE``: what pays at the present load. ``FLOOR``: what is likely enough to be reached. ``FIXED``: everything.
-    ``ADL``: by each request's recent lengths, as DiffuSpec does.
     """
 
     ADAPTIVE = "adaptive"
     FLOOR = "floor"
     FIXED = "fixed"
-    ADL = "adl"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ import logging
 
 from scheduler.adaptive import AdaptivePolicy
 from scheduler.cost import CostModel, load_cost_model, save_cost_model
+from scheduler.fixed_policies import FixedLength
 from scheduler.options import PolicyName, PolicyOptions
 from scheduler.policy import DraftPolicy, SurvivalFloor
 
@@ -21,7 +22,7 @@ def make_policy(options: PolicyOptions, slots: int, max_tokens: int) -> DraftPol
         case PolicyName.FLOOR:
             return SurvivalFloor(options.survival_floor, slots)
         case PolicyName.FIXED:
-            return SurvivalFloor(0.0, slots)
+            return FixedLength(slots)
     return AdaptivePolicy(slots, options.min_draft_tokens, _known_cost(options, max_tokens) or CostModel(max_tokens))
 
 

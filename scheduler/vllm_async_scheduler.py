@@ -14,7 +14,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from scheduler.adaptive import AdaptivePolicy
 from scheduler.cost import CostModel, StepLoad
-from scheduler.draft_limit import requested_draft_limit
+from scheduler.draft_limit import draft_limit
 from scheduler.policy import ComingStep
 
 
@@ -46,7 +46,10 @@ class SlipstreamAsyncScheduler(AsyncScheduler):
         coming = ComingStep(
             [request.request_id for request in decoding],
             [request.num_computed_tokens for request in decoding],
-            draft_limits=[self._draft_limit(request.sampling_params) for request in decoding],
+            draft_limits=[
+                draft_limit((params := request.sampling_params) and params.extra_args, self.num_spec_tokens)
+                for request in decoding
+            ],
         )
         for request, tokens in zip(decoding, self.policy.reserve(coming), strict=True):
             request.spec_token_ids = [-1] * tokens
@@ -77,7 +80,3 @@ class SlipstreamAsyncScheduler(AsyncScheduler):
             load = StepLoad(output.total_num_scheduled_tokens, len(scheduled), context_tokens, len(scheduled), drafted)
             self.policy.step_took(load, now - self._finished)
         self._previous, self._finished = scheduled, now
-
-    def _draft_limit(self, params: Any) -> int:
-        requested = requested_draft_limit(params.extra_args) if params is not None else None
-        return self.num_spec_tokens if requested is None else min(requested, self.num_spec_tokens)

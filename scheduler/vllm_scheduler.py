@@ -13,7 +13,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from scheduler.adaptive import AdaptivePolicy
 from scheduler.calibration import CalibrationPolicy
-from scheduler.draft_limit import requested_draft_limit
+from scheduler.draft_limit import draft_limit
 from scheduler.health import HealthGuard
 from scheduler.ledger import SpeculationLedger
 from scheduler.options import DrafterOptions, EngineOptions
@@ -177,8 +177,7 @@ class SlipstreamScheduler(Scheduler):
         """Draft tokens that can still be emitted: a step emits one token more than it accepts."""
         room = min(request.max_tokens - request.num_output_tokens, self.max_model_len - request.num_tokens) - 1
         params = request.sampling_params
-        requested = requested_draft_limit(params.extra_args) if params is not None else None
-        return max(min(room, self.num_spec_tokens if requested is None else min(requested, self.num_spec_tokens)), 0)
+        return max(min(room, draft_limit(params and params.extra_args, self.num_spec_tokens)), 0)
 
     def _report_step(self) -> None:
         """Tell the policy how long the last step took; only now is it known what was drafted behind it."""

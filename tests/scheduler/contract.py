@@ -133,7 +133,7 @@ ATTRIBUTES = [
     (
         "scheduler.vllm_runner",
         "vllm.v1.core.sched.output:SchedulerOutput",
-        "finished_req_ids scheduled_new_reqs num_scheduled_tokens scheduled_spec_decode_tokens",
+        "finished_req_ids scheduled_new_reqs num_scheduled_tokens scheduled_spec_decode_tokens kv_cache_block_copies",
     ),
     ("scheduler.vllm_runner", "vllm.v1.core.sched.output:NewRequestData", "req_id sampling_params"),
     (
@@ -169,7 +169,7 @@ ATTRIBUTES = [
         "request_id num_output_tokens num_tokens num_computed_tokens is_prefill_chunk all_token_ids max_tokens "
         "sampling_params cache_salt",
     ),
-    ("scheduler.vllm_scheduler", "vllm.v1.core.sched.output:SchedulerOutput", "finished_req_ids kv_cache_block_copies"),
+    ("scheduler.vllm_scheduler", "vllm.v1.core.sched.output:SchedulerOutput", "finished_req_ids"),
     ("scheduler.vllm_calibration", SCHEDULER, "requests"),
     ("scheduler.vllm_async_scheduler", "vllm.v1.request:Request", "spec_token_ids is_prefill_chunk num_tokens"),
     ("scheduler.vllm_async_scheduler", "vllm.v1.core.sched.output:SchedulerOutput", "num_spec_tokens_to_schedule"),
