@@ -29,6 +29,13 @@ def printed(process: EngineProcess) -> set[str]:
     return set(process.log.read_text().split())
 
 
+def start_deaf(tmp_path: Path) -> EngineProcess:
+    """An engine that already ignores SIGTERM when this returns."""
+    process = start(tmp_path, "trap '' TERM; echo deaf; while :; do sleep 0.01; done")
+    wait_until(lambda: printed(process) == {"deaf"})
+    return process
+
+
 def test_freezing_stops_the_whole_session_and_resuming_wakes_it(tmp_path: Path) -> None:
     process = start(tmp_path)
     try:
@@ -49,11 +56,11 @@ def test_freezing_stops_the_whole_session_and_resuming_wakes_it(tmp_path: Path) 
 
 
 def test_frozen_and_stubborn_engines_are_stopped_too(tmp_path: Path) -> None:
-    stubborn = start(tmp_path, "trap '' TERM; while :; do sleep 0.01; done")
+    stubborn = start_deaf(tmp_path)
     stubborn.freeze()
     stop_processes([stubborn], grace=0.1)
     assert stubborn.exit_code == -signal.SIGKILL
-    hurried = start(tmp_path, "trap '' TERM; while :; do sleep 0.01; done")
+    hurried = start_deaf(tmp_path)
     stop_processes([hurried], grace=60, hurry=lambda: True)
     assert hurried.gone
 
