@@ -1,5 +1,6 @@
 """Building the vLLM engine that serves, measures and collects: one set of arguments for all three."""
 
+import gc
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -96,6 +97,7 @@ def start_engine(arguments: dict[str, Any], history: SpeculationHistory | None =
         # vLLM's CPU platform has just asked for a fresh interpreter, which would spend seconds on importing again what
         # is here already.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        gc.freeze()  # what was imported stays: vLLM has both processes collect garbage several times while they start
     return AsyncLLM.from_vllm_config(config, stat_loggers=loggers)
 
 
