@@ -37,7 +37,7 @@ _OFFSET_SHARE = 1 / 20  # of one finished request in the variance of offsets
 
 _ITERATIONS, _LONGEST_STEP, _SETTLED = 6, 2.0, 0.3  # of Newton's method; lengths in log odds
 _BATCH = 256  # observations that are learnt from at once, at most
-_PATIENCE, _YOUNG = 8, 100  # predictions between lessons; and observations, up to which every prediction learns
+_PATIENCE, _YOUNG = 8, 100  # steps between lessons; and observations, up to which every prediction learns
 _WINDOW, _BINS = 2_000, 10  # of the reliability diagram
 
 
@@ -76,8 +76,8 @@ class AcceptanceModel:
     would be too high; there, and only there, the calibrated confidence stands in for the outcome of a slot that
     could have been reached but was not verified.
 
-    Observations are kept and learnt in one go before every eighth prediction, see ``learn``: that takes longer than a
-    prediction. One model serves one drafter and target; it is not safe for use by several threads.
+    Observations are kept and learnt in one go every eighth step, see ``learn``: that takes longer than a prediction.
+    One model serves one drafter and target; it is not safe for use by several threads.
 
     Args:
         slots: draft tokens of the longest block.
@@ -98,7 +98,7 @@ class AcceptanceModel:
         self._free = list(range(requests - 1, -1, -1))
         self._population = requests  # the row of those without a history
         self._batch = _Batch(slots)
-        self._observations, self._predictions = 0, 0  # since the start, and since the last lesson
+        self._observations, self._steps = 0, 0  # since the start, and since the last lesson
         self._predicted, self._accepted = np.empty(0), np.empty(0)
 
     def survival(
@@ -131,8 +131,8 @@ class AcceptanceModel:
             )
         _check_per_request("counts", counts, len(request_ids))
         _check_per_request("context_lens", context_lens, len(request_ids))
-        self._predictions += 1
-        if self._observations < _YOUNG or self._predictions >= _PATIENCE or self._batch.is_long(_PATIENCE):
+        self._steps += 1
+        if self._observations < _YOUNG or self._steps >= _PATIENCE or self._batch.is_long(_PATIENCE):
             self.learn()
         drafted = np.arange(width)[:, None] < counts
         by_slot = np.ascontiguousarray(confidences.T, dtype=np.float64)
@@ -158,6 +158,10 @@ class AcceptanceModel:
         self.learn()
         rows = self._rows_of(request_ids)
         return _survival(*self._base_rates.log_odds((_context(context_lens),), rows, length)).T
+
+    def skip(self) -> None:
+        """Count a step that predicts nothing: what is seldom tried is learnt from as soon as it is tried again."""
+        self._steps += 1
 
     def observe(
         self,
@@ -206,7 +210,7 @@ class AcceptanceModel:
 
         A caller that has time to spare between observing and predicting, while the device computes, can spend it here.
         """
-        self._predictions = 0
+        self._steps = 0
         if not self._batch.size:
             return
         confidences, numbers = self._batch.confidences, self._batch.numbers

@@ -41,8 +41,6 @@ class AdaptivePolicy:
         self._admitted: dict[str, Source] = {}
         self._repeating: set[str] = set()
         self._kind, self._alike = (0, 0), 0
-        self._steps = 0
-        self._predicted = dict.fromkeys(Source, 0)  # the step of the latest prediction
 
     def plan(self, coming: ComingStep) -> list[int]:
         """See ``DraftPolicy``."""
@@ -57,7 +55,6 @@ class AdaptivePolicy:
     def admit(self, coming: ComingStep, offers: Sequence[Offer]) -> list[Admission]:
         """See ``DraftPolicy``."""
         self._repeating.clear()
-        self._steps += 1
         survival = [self._calibrated(coming, offers, source) for source in Source]
         if not any(rows.any() for rows in survival):
             return [Admission()] * len(offers)
@@ -141,10 +138,8 @@ class AdaptivePolicy:
         rows = [row for row, offer in enumerate(offers) if offer.survival[source]]
         survival = np.zeros((len(offers), self._slots))
         if not rows:
+            self.acceptance[source].skip()
             return survival
-        if self._steps - self._predicted[source] >= _LEARN_INTERVAL:
-            self.acceptance[source].learn()  # what is seldom tried should be known as soon as it is tried again
-        self._predicted[source] = self._steps
         request_ids = [coming.request_ids[row] for row in rows]
         confidences, counts = _conditional([offers[row].survival[source] for row in rows], self._slots)
         context_lens = [coming.context_lens[row] for row in rows]

@@ -72,6 +72,20 @@ def test_a_collapse_is_noticed_and_so_is_a_recovery() -> None:
     assert survival(model, row)[0] > 0.5
 
 
+def test_lessons_are_counted_in_steps_whether_they_predict_or_not() -> None:
+    model, truth = AcceptanceModel(SLOTS), Truth(1.0, 0.0)
+    truth.teach(model, 1000)
+    row = np.full(SLOTS, 0.9)
+    survival(model, row, "a")  # a lesson is behind it, and the next one eight steps away
+    before = survival(model, row, "a")
+    for _ in range(3):
+        model.observe("a", row, SLOTS, 0, 200)
+    np.testing.assert_array_equal(survival(model, row, "a"), before)
+    for _ in range(8):
+        model.skip()
+    assert survival(model, row, "a")[0] < before[0] - 0.02
+
+
 def test_requests_have_a_history_of_their_own() -> None:
     model = AcceptanceModel(SLOTS)
     for _ in range(100):
