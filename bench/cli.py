@@ -8,7 +8,9 @@ from pathlib import Path
 
 from bench.arguments import check_positive, existing_folder, output_file, whole_numbers
 from bench.errors import BenchError
+from bench.figures import plot_file
 from bench.methods import METHODS, EngineSettings, Method, find_methods
+from bench.plot import draw_report
 from bench.prompts import load_prompts
 from bench.report import Report
 from bench.runner import BenchOptions, run_benchmark
@@ -55,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--limit", type=int, metavar="N", help="only the first N prompts of each category")
     what.add_argument(
+        "--mixed", action="store_true", help="run prompts of all categories together; by default one after the other"
+    )
+    what.add_argument(
         "--concurrency", default="1,4", metavar="N,M", help="requests in flight at the same time; default %(default)s"
     )
     what.add_argument("--max-tokens", type=int, default=128, metavar="N", help="longest answer; default %(default)s")
@@ -72,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--output", default="report.json", metavar="FILE", help="where the report goes; default %(default)s"
     )
+    what.add_argument("--plot", metavar="FILE", help="draw speed by concurrency into this .svg or .html file")
 
     engine = parser.add_argument_group("the engines, all alike")
     engine.add_argument(
@@ -128,12 +134,15 @@ def run(args: argparse.Namespace, methods: Mapping[str, Method] = METHODS) -> in
         the signal that ended it early.
     """
     try:
+        plot = plot_file("--plot", args.plot) if args.plot else None
         options = _options(args, methods)
         display = make_display()
         try:
             outcome = run_benchmark(options, display)
         finally:
             display.close()
+        if plot and outcome.report.rows:
+            draw_report(outcome.report, plot)
     except BenchError as error:
         print(f"slipstream: error: {error}", file=sys.stderr)
         return _MISTAKE
@@ -162,6 +171,9 @@ def _options(args: argparse.Namespace, methods: Mapping[str, Method]) -> BenchOp
     if args.seed < 0:
         raise BenchError(f"--seed {args.seed} is negative")
     prompts = load_prompts(Path(args.prompts).expanduser(), args.limit)
+    if args.mixed:
+        prompts = prompts.mixed()
+    prompts.check_fills(max(concurrencies))
     return BenchOptions(
         methods=(*chosen, *others),
         prompts=prompts,

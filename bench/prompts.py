@@ -3,15 +3,19 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 from bench.errors import BenchError
 
-__all__ = ["ALL_CATEGORIES", "PromptFile", "load_prompts"]
+__all__ = ["ALL_CATEGORIES", "MIXED", "PromptFile", "load_prompts"]
 
 ALL_CATEGORIES = "all"
 """The name of the rows that sum up all categories; no category of a prompt file may be called so."""
+
+MIXED = "mixed"
+"""The name of the one category that is left when prompts of all categories run at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,25 @@ class PromptFile:
     name: str
     sha256: str
     categories: Mapping[str, tuple[str, ...]]
+
+    def mixed(self) -> "PromptFile":
+        """The same prompts as one category, taken from the categories in turn."""
+        turns = zip_longest(*self.categories.values())
+        prompts = tuple(prompt for turn in turns for prompt in turn if prompt is not None)
+        return replace(self, categories={MIXED: prompts})
+
+    def check_fills(self, concurrency: int) -> None:
+        """See that a load of any category can keep so many requests in flight.
+
+        Raises:
+            BenchError: a category has fewer prompts.
+        """
+        category, prompts = min(self.categories.items(), key=lambda item: len(item[1]))
+        if len(prompts) < concurrency:
+            raise BenchError(
+                f"--concurrency {concurrency}: of category {category} there are only {len(prompts)} prompts, so no "
+                "more requests than that would be in flight; give more prompts, or mix the categories with --mixed"
+            )
 
 
 def load_prompts(path: Path, limit: int | None = None) -> PromptFile:

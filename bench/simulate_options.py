@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bench.arguments import check_positive, output_file, whole_numbers
 from bench.errors import BenchError
+from bench.figures import plot_file
 from bench.simulate_costs import GpuCost, ReplayCost, Workload, find_gpu, read_cost
 from bench.simulate_drafts import Drafts, drafts_of, truncate
 from bench.simulate_policies import DEFAULT_TABLE, KNOWN, NamedPolicy, default_policies, find_policies
@@ -15,7 +16,6 @@ from scheduler.trace import Trace, read_trace
 
 __all__ = ["SimulateOptions", "add_arguments", "read_options"]
 
-_PLOTS = (".svg", ".html")
 _MOST_REQUESTS = 4096
 
 
@@ -230,11 +230,9 @@ def _cost(args: argparse.Namespace) -> ReplayCost:
 
 
 def _plot(text: str, loads: tuple[Load, ...]) -> Path:
-    if Path(text).suffix.lower() not in _PLOTS:
-        raise BenchError(f"--plot {text}: the name must end in {' or '.join(_PLOTS)}")
     if all(load.concurrency is None for load in loads):
         raise BenchError("--plot shows loads of --concurrency, and there are none")
-    return output_file(text)
+    return plot_file("--plot", text)
 
 
 def _read(path: Path, censored: bool) -> tuple[TraceEntry, Trace]:

@@ -10,7 +10,6 @@ here: what the target draws depends on seed, position and its own logits, never 
 Whether drafting is worth its own time is judged by what recent drafts would have brought to the coming batch.
 """
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -19,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.cost import StepLoad
+from scheduler.recent_drafts import RecentDrafts
 
 Floats = npt.NDArray[np.float64]
 
-# Drafts are judged by at least this many recent ones: a single draft says little.
-_RECENT_DRAFTS = 8
+# Drafting is not judged before there are so many drafts to judge by: a single one says little.
+_LEAST_EVIDENCE = 8
 # Steps without drafting after which one request is drafted for, to see whether it would pay again.
 _PROBE_INTERVAL = 24
 # Steps for which a judgement on drafting holds, unless the number of requests changes: judging takes time itself.
@@ -104,12 +104,19 @@ def _first(survival: Floats, candidates: Floats, count: int) -> list[int]:
     return result
 
 
-def _sorted_with_slots(survival: Floats) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """The survival of all draft tokens of a batch, highest first, and the slot of each."""
-    rows, slots = survival.nonzero()
-    candidates = survival[rows, slots]
-    order = np.argsort(-candidates)
-    return candidates[order], slots[order]
+def _rate(batches: Floats, seconds: Floats) -> float:
+    """Tokens per second over steps that are each filled as ``choose`` would.
+
+    Args:
+        batches: ``[steps, requests, slots]`` survival.
+        seconds: ``[requests * slots + 1]`` of a step with so many draft tokens.
+    """
+    steps, requests, slots = batches.shape
+    candidates = np.sort(batches.reshape(steps, requests * slots), axis=1)[:, ::-1]
+    emitted = np.full((steps, len(seconds)), float(requests))
+    emitted[:, 1:] += np.cumsum(candidates, axis=1)
+    best = np.argmax(emitted / seconds, axis=1)
+    return float(emitted[np.arange(steps), best].sum() / seconds[best].sum())
 
 
 def _lengths(reach: int) -> list[int]:
@@ -128,10 +135,11 @@ class DraftController:
 
     def __init__(self, cost: StepCost, slots: int, least: int = 0):
         self._cost, self._slots, self._least = cost, slots, least
-        self._recent: deque[Floats] = deque(maxlen=_RECENT_DRAFTS)
-        self._latest: dict[str, Floats] = {}
+        self._recent = RecentDrafts()
+        self._steps = 0
         self._undrafted_steps = 0
         self._probing = False
+        self._has_evidence = False
         self._judged_requests = 0
         self._judged_length = 0
         self._judgement_steps = 0
@@ -146,8 +154,7 @@ class DraftController:
             load: see ``choose``.
         """
         for request_id, row in drafted.items():
-            self._latest[request_id] = row
-            self._recent.append(row)
+            self._recent.add(self._steps, request_id, row)
         choice = choose(survival, load, self._cost)
         least = 1 if self._probing else self._least
         if least == 0:
@@ -167,7 +174,9 @@ class DraftController:
         if requests == 0:
             return []
         self._probing = False
-        length = self._slots if len(self._recent) < _RECENT_DRAFTS else self._judged(request_ids, load)
+        self._steps += 1
+        self._has_evidence |= self._recent.count(self._steps) >= _LEAST_EVIDENCE
+        length = self._judged(request_ids, load) if self._has_evidence else self._slots
         if length or self._least:
             self._undrafted_steps = 0
             return [max(length, self._least)] * requests
@@ -180,7 +189,7 @@ class DraftController:
 
     def finished(self, request_id: str) -> None:
         """Forget a request."""
-        self._latest.pop(request_id, None)
+        self._recent.finished(request_id)
 
     def _judged(self, request_ids: Sequence[str], load: StepLoad) -> int:
         """``_worthwhile_length``, as of some steps ago."""
@@ -197,26 +206,13 @@ class DraftController:
         plain = replace(load, drafted_requests=0, drafted_slots=0)
         without = float(self._cost.seconds_by_tokens(np.array([requests]), plain)[0])
         best, best_rate = 0, requests / without
-        batches = [_sorted_with_slots(batch) for batch in self._scenarios(request_ids)]
-        reach = 1 + max(int(slots.max(initial=-1)) for _, slots in batches)
+        batches = self._recent.batches(self._steps, request_ids)
+        reach = int(batches.any(axis=(0, 1)).sum())
         for length in _lengths(reach):
             drafting = replace(load, drafted_requests=requests, drafted_slots=length * requests)
             times = _seconds(length * requests, requests, drafting, self._cost)
-            filled = [_fill(candidates[slots < length], requests, times) for candidates, slots in batches]
-            rate = sum(emitted for _, emitted, _ in filled) / sum(seconds for _, _, seconds in filled)
+            rate = _rate(batches[:, :, :length], times)
             if rate > best_rate:
                 best, best_rate = length, rate
         # Where the longest drafts that were tried are the best ones, longer ones may be better still.
         return min(best + 1, self._slots) if best == reach > 0 else best
-
-    def _scenarios(self, request_ids: Sequence[str]) -> list[Floats]:
-        """Batches as the coming one may look: each request's latest draft, or recent ones of any request."""
-        recent = list(self._recent)
-        batches = []
-        for start in range(0, _RECENT_DRAFTS, len(request_ids)):
-            rows = [recent[(start + i) % len(recent)] for i in range(len(request_ids))]
-            batches.append(np.stack(rows))
-        own = [self._latest[each] for each in request_ids if each in self._latest]
-        if len(own) == len(request_ids) >= _RECENT_DRAFTS:
-            return [np.stack(own)]
-        return batches

@@ -69,10 +69,10 @@ def write_model(folder: Path) -> Path:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The arguments of the command, as its parser gives them."""
+    """The arguments of the command, as its parser gives them; by default no more at once than there are prompts."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return parser.parse_args(arguments)
+    return parser.parse_args(["--concurrency", "1,2", *arguments])
 
 
 def engine_pids(folder: Path) -> list[int]:

@@ -23,6 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
         (["--concurrency", "1,x"], '--concurrency 1,x: "x" is not a whole number above 0'),
         (["--concurrency", "0"], '--concurrency 0: "0" is not a whole number above 0'),
         (["--concurrency", "2,2"], "--concurrency 2,2: a number is given twice"),
+        (
+            ["--concurrency", "1,99"],
+            "--concurrency 99: of category math there are only 2 prompts, so no more requests than that would be in "
+            "flight; give more prompts, or mix the categories with --mixed",
+        ),
         (["--prompts", "none.jsonl"], "cannot read the prompt file none.jsonl: No such file or directory"),
         (["--output", "nowhere/report.json"], "the folder {cwd}/nowhere does not exist"),
         (["--output", "."], "the output . is a folder; name a file in it"),

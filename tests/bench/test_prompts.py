@@ -34,6 +34,21 @@ def test_limit_counts_for_each_category(tmp_path: Path) -> None:
     assert dict(load_prompts(write(tmp_path, *lines), limit=2).categories) == {"a": ("0", "1"), "b": ("0", "1")}
 
 
+def test_mixed_prompts_are_taken_from_the_categories_in_turn(tmp_path: Path) -> None:
+    lines = [f'{{"category": "{name}", "prompt": "{name}{number}"}}' for name in "ab" for number in range(3)]
+    prompts = load_prompts(write(tmp_path, *lines, '{"category": "c", "prompt": "c0"}')).mixed()
+    assert dict(prompts.categories) == {"mixed": ("a0", "b0", "c0", "a1", "b1", "a2", "b2")}
+
+
+def test_each_category_must_fill_the_requests_in_flight(tmp_path: Path) -> None:
+    lines = [f'{{"category": "{name}", "prompt": "1"}}' for name in "aab"]
+    prompts = load_prompts(write(tmp_path, *lines))
+    prompts.check_fills(1)
+    with pytest.raises(BenchError, match=r"^--concurrency 2: of category b there are only 1 prompts, "):
+        prompts.check_fills(2)
+    prompts.mixed().check_fills(3)
+
+
 def test_line_separators_inside_of_strings_do_not_break_lines(tmp_path: Path) -> None:
     path = write(tmp_path, '{"category": "chat", "prompt": "a\u2028b"}', "{")
     with pytest.raises(BenchError, match=r"jsonl:2: "):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bench.errors import BenchError
-from bench.readme import benchmark_section, main, update_readme
 from bench.report import MethodEntry, write_report
+from bench.tables import benchmark_section, main, update_document
 from tests.bench.test_report import report
 
 
@@ -47,10 +47,25 @@ def test_a_name_cannot_break_the_table() -> None:
 
 
 def test_only_what_is_between_the_markers_changes() -> None:
-    readme = "before\n<!-- benchmark:begin -->\nold\n<!-- benchmark:end -->\nafter\n"
-    assert update_readme(readme, "new") == "before\n<!-- benchmark:begin -->\nnew\n<!-- benchmark:end -->\nafter\n"
+    text = "before\n<!-- benchmark:begin -->\nold\n<!-- benchmark:end -->\nafter\n"
+    changed = update_document(text, report(), "a.json", "docs/a.json")
+    section = benchmark_section(report(), "docs/a.json")
+    assert changed == f"before\n<!-- benchmark:begin -->\n{section}\n<!-- benchmark:end -->\nafter\n"
     with pytest.raises(BenchError, match="benchmark:begin"):
-        update_readme("no markers", "new")
+        update_document("no markers", report(), "a.json", "a.json")
+
+
+def test_a_document_can_ask_for_the_speeds_of_a_report() -> None:
+    text = "".join(f"<!-- speeds:begin {name}.json -->\nold\n<!-- speeds:end -->\n" for name in "ab")
+    changed = update_document(text, report(), "b.json", "b.json")
+    before, _, section = changed.partition("<!-- speeds:begin b.json -->\n")
+    assert before == "<!-- speeds:begin a.json -->\nold\n<!-- speeds:end -->\n"
+    assert section.startswith("| temperature 0, requests at once | 1 | 4 |\n|---|---|---|\n")
+    assert "\n| ar | 10.0 (1.00) |  |\n" in section, "what was not measured stays empty"
+    assert section.endswith(
+        "Medians of 2 alternating repeats on a CPU, 2 cores; [b.json](b.json), made by `slipstream bench`.\n"
+        "<!-- speeds:end -->\n"
+    )
 
 
 def test_the_command_rewrites_in_place_and_is_repeatable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
