@@ -2,8 +2,9 @@
 
 Usage: ``python -m bench.tables docs/benchmarks/REPORT.json DOCUMENT.md``
 
-The document says by its markers what it wants: between ``<!-- speeds:begin REPORT.json -->`` and ``<!-- speeds:end -->``
-a table of speeds by requests in flight, otherwise, as in the README, the whole section of measurements.
+The document says by its markers what it wants: a table of speeds by requests in flight between
+``<!-- speeds:begin REPORT.json -->`` and ``<!-- speeds:end -->``, otherwise, as in the README, the whole section of
+measurements.
 """
 
 import os
