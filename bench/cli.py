@@ -63,6 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--concurrency", default="1,4", metavar="N,M", help="requests in flight at the same time; default %(default)s"
     )
     what.add_argument("--max-tokens", type=int, default=128, metavar="N", help="longest answer; default %(default)s")
+    what.add_argument(
+        "--shortest",
+        type=int,
+        metavar="N",
+        help="limit the answers to N tokens up to --max-tokens, spread evenly over the prompts, so that requests do "
+        "not begin and end in step; by default all have the same limit",
+    )
     what.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy answers")
     what.add_argument(
         "--repeats", type=int, default=3, metavar="N", help="how often the methods alternate; default %(default)s"
@@ -166,6 +173,8 @@ def _options(args: argparse.Namespace, methods: Mapping[str, Method]) -> BenchOp
         check_positive(name, getattr(args, name))
     if args.limit is not None:
         check_positive("limit", args.limit)
+    if args.shortest is not None and not 1 <= args.shortest <= args.max_tokens:
+        raise BenchError(f"--shortest {args.shortest} is not from 1 to --max-tokens {args.max_tokens}")
     if not 0 <= args.temperature <= 2:
         raise BenchError(f"--temperature {args.temperature:g} is not between 0 and 2")
     if args.seed < 0:
@@ -179,6 +188,7 @@ def _options(args: argparse.Namespace, methods: Mapping[str, Method]) -> BenchOp
         prompts=prompts,
         concurrencies=concurrencies,
         max_tokens=args.max_tokens,
+        shortest=args.shortest,
         temperature=args.temperature,
         repeats=args.repeats,
         seed=args.seed,

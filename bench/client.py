@@ -13,6 +13,8 @@ from bench.loopback import asynchronous_client
 
 __all__ = ["Answer", "Load", "LoadResult", "Target", "closed_loop", "run_load"]
 
+_GOLDEN = (5**0.5 - 1) / 2
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -35,6 +37,8 @@ class Load:
         cache_salt: requests share cached prefixes only with requests of the same salt (in llama.cpp, which knows no
             salts, with none); ``None`` sends none.
         timeout: seconds without a byte after which a request has failed.
+        shortest: where the limits of the answers spread evenly from here to ``max_tokens``; ``None`` gives all of
+            them the same limit, so that without drafts requests begin and end in step.
     """
 
     prompts: tuple[str, ...]
@@ -44,6 +48,14 @@ class Load:
     seed: int = 0
     cache_salt: str | None = None
     timeout: float = 300.0
+    shortest: int | None = None
+
+    def limit(self, index: int) -> int:
+        """Most tokens of the answer to a prompt."""
+        if self.shortest is None:
+            return self.max_tokens
+        spread = index * _GOLDEN % 1  # neighbours lie far apart, and any number of them are spread evenly
+        return self.shortest + int(spread * (self.max_tokens - self.shortest + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +120,7 @@ def _request_body(target: Target, load: Load, index: int) -> dict[str, Any]:
     body: dict[str, Any] = {
         "model": target.model,
         "messages": [{"role": "user", "content": load.prompts[index]}],
-        "max_tokens": load.max_tokens,
+        "max_tokens": load.limit(index),
         "temperature": load.temperature,
         "stream": True,
         "stream_options": {"include_usage": True},

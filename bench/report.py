@@ -70,6 +70,7 @@ class Settings:
         repeats: how often everything was measured.
         seed: of the measuring order, and of the requests where the temperature is above 0.
         prefix_cache: ``cold`` or ``warm``, see above.
+        shortest: see ``bench.client.Load``.
     """
 
     model: str
@@ -90,6 +91,7 @@ class Settings:
     repeats: int
     seed: int
     prefix_cache: PrefixCache
+    shortest: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

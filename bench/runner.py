@@ -59,6 +59,7 @@ class BenchOptions:
     startup_timeout: float = 600.0
     request_timeout: float = 300.0
     logs: Path | None = None
+    shortest: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,7 @@ class _Benchmark:
             self._display.status(f"{engine.method.name}: warming up at concurrency {concurrency}")
             some = tuple(prompts[index % len(prompts)] for index in range(concurrency))
             load = self._load(some, concurrency, f"warm-up {concurrency}")
-            load = replace(load, max_tokens=min(_WARM_UP_TOKENS, load.max_tokens))
+            load = replace(load, max_tokens=min(_WARM_UP_TOKENS, load.max_tokens), shortest=None)
             _raise_if_all_failed("warm-up", engine, run_load(engine.target, load))
 
     def _measure_all(self, pool: EnginePool) -> None:
@@ -203,7 +204,8 @@ class _Benchmark:
 
     def _wake_up(self, engine: Engine) -> None:
         """One short request that is not measured: a process that was frozen comes back with cold caches."""
-        load = replace(self._load(("Hello",), 1, "wake-up"), max_tokens=min(_WAKE_UP_TOKENS, self._options.max_tokens))
+        load = self._load(("Hello",), 1, "wake-up")
+        load = replace(load, max_tokens=min(_WAKE_UP_TOKENS, load.max_tokens), shortest=None)
         _raise_if_all_failed("measure", engine, run_load(engine.target, load))
 
     def _load(self, prompts: tuple[str, ...], concurrency: int, salt: str) -> Load:
@@ -212,6 +214,7 @@ class _Benchmark:
             prompts=prompts,
             concurrency=concurrency,
             max_tokens=options.max_tokens,
+            shortest=options.shortest,
             temperature=options.temperature,
             seed=options.seed,
             cache_salt=salt if options.prefix_cache == "cold" else None,
@@ -249,6 +252,7 @@ class _Benchmark:
                 repeats=options.repeats,
                 seed=options.seed,
                 prefix_cache=options.prefix_cache,
+                shortest=options.shortest,
             ),
             methods=tuple(self._entries.values()),
             rows=build_rows(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench.errors import BenchError
 from bench.prompts import ALL_CATEGORIES
-from bench.report import MethodEntry, Report, Row, read_report
+from bench.report import MethodEntry, Report, Row, Settings, read_report
 
 __all__ = ["benchmark_section", "speeds_section", "update_document"]
 
@@ -45,7 +45,7 @@ def benchmark_section(report: Report, source: str) -> str:
         "## Measured",
         "",
         f"{report.machine.cpu}, {report.machine.cores} cores; {settings.dtype} weights, "
-        f"temperature {settings.temperature:g}, answers of up to {settings.max_tokens} tokens, medians of "
+        f"temperature {settings.temperature:g}, answers of up to {_limits(settings)} tokens, medians of "
         f"{settings.repeats} alternating repeats. `vllm` is unmodified vLLM, `ar` our engine with drafting off."
         + "".join(map(_explanation, report.methods)),
         "",
@@ -131,6 +131,12 @@ def _line(row: Row) -> str:
         "" if row.identical_fraction is None else f"{row.identical_fraction:.0%}",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _limits(settings: Settings) -> str:
+    if settings.shortest is None:
+        return f"{settings.max_tokens}"
+    return f"{settings.shortest} to {settings.max_tokens}"
 
 
 def _cell(text: str) -> str:

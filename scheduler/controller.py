@@ -26,7 +26,8 @@ Floats = npt.NDArray[np.float64]
 _LEAST_EVIDENCE = 8
 # Steps without drafting after which one request is drafted for, to see whether it would pay again.
 _PROBE_INTERVAL = 24
-# Steps for which a judgement on drafting holds, unless the number of requests changes: judging takes time itself.
+# Steps for which a judgement on drafting holds, unless the number of requests changes by more than an eighth: judging
+# takes time itself.
 _JUDGEMENT_STEPS = 8
 _MANY_REQUESTS = 64  # with whom it takes three times as long as usual until the next judgement
 
@@ -194,7 +195,8 @@ class DraftController:
     def _judged(self, request_ids: Sequence[str], load: StepLoad) -> int:
         """``_worthwhile_length``, as of some steps ago."""
         self._judgement_steps -= 1
-        if self._judgement_steps <= 0 or self._judged_requests != len(request_ids):
+        change = abs(len(request_ids) - self._judged_requests)
+        if self._judgement_steps <= 0 or change > self._judged_requests // 8:
             self._judged_requests = len(request_ids)
             self._judgement_steps = _JUDGEMENT_STEPS * (3 if len(request_ids) >= _MANY_REQUESTS else 1)
             self._judged_length = self._worthwhile_length(request_ids, load)

@@ -7,6 +7,7 @@ from typing import Any
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
@@ -28,6 +29,7 @@ from scheduler.vllm_repetition import NgramMatcher
 from scheduler.vllm_types import DraftingSchedulerOutput, SurvivalDraftTokenIds, attach_speculation
 
 _STEPS_BETWEEN_SAVES = 4096
+_SECONDS_BETWEEN_REPORTS = 0.1  # each takes some tenths of a millisecond, in two processes
 
 
 class SlipstreamScheduler(Scheduler):
@@ -41,6 +43,8 @@ class SlipstreamScheduler(Scheduler):
         self._repetition: RepetitionDrafts | None = None
         self._calibration: Calibration | None = None
         self._ledger = SpeculationLedger(self.num_spec_tokens)
+        self._unreported = SpecDecodingStats.new(self.num_spec_tokens)
+        self._next_report = 0.0
         self._watch = StepWatch()
         self._steps = 0
         if drafter:
@@ -213,19 +217,29 @@ class SlipstreamScheduler(Scheduler):
             return {}
         if self._policy is None:
             return outputs
-        stats = SpecDecodingStats.new(self.num_spec_tokens)
         for output in outputs.values():
             for request in output.outputs:
                 if request.request_id in decoding and request.new_token_ids:
                     drafts = len(scheduler_output.scheduled_spec_decode_tokens.get(request.request_id, ()))
                     accepted = min(len(request.new_token_ids) - 1, drafts)
-                    stats.observe_draft(drafts, accepted)
+                    self._unreported.observe_draft(drafts, accepted)
                     self._note(self._policy, request.request_id, drafts, accepted, request.finished)
             if output.scheduler_stats is not None:
-                output.scheduler_stats.spec_decoding_stats = stats if stats.num_drafts else None
-                if self._reports:
-                    attach_speculation(output.scheduler_stats, self._ledger.snapshot())
+                self._report(output.scheduler_stats)
         return outputs
+
+    def _report(self, stats: SchedulerStats) -> None:
+        """Let statistics carry what was counted to the front end: now and then, and when nothing is left to do."""
+        stats.spec_decoding_stats = None
+        now = time.monotonic()
+        if now < self._next_report and self.has_unfinished_requests():
+            return
+        self._next_report = now + _SECONDS_BETWEEN_REPORTS
+        if self._unreported.num_drafts:
+            stats.spec_decoding_stats = self._unreported
+            self._unreported = SpecDecodingStats.new(self.num_spec_tokens)
+        if self._reports:
+            attach_speculation(stats, self._ledger.snapshot())
 
     def _note(self, policy: DraftPolicy, request_id: str, drafts: int, accepted: int, ended: bool) -> None:
         """A request verified ``drafts`` tokens; where its answer ended, how many are right is not known."""

@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (["--logs", "nowhere"], "the folder {cwd}/nowhere does not exist"),
         (["--max-tokens", "0"], "--max-tokens 0 is not above 0"),
         (["--kv-cache-gib", "nan"], "--kv-cache-gib nan is not above 0"),
+        (["--shortest", "200"], "--shortest 200 is not from 1 to --max-tokens 128"),
         (["--limit", "-1"], "--limit -1 is not above 0"),
         (["--temperature", "3"], "--temperature 3 is not between 0 and 2"),
         (["--seed", "-1"], "--seed -1 is negative"),

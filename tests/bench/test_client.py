@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from bench.client import Answer, _StreamError, _Timeline
+from bench.client import Answer, Load, _StreamError, _Timeline
 
 
 def chunk(content: str | None = None, finish: str | None = None, **more: Any) -> str:
@@ -69,3 +69,9 @@ def test_broken_streams(event: str, message: str) -> None:
     with pytest.raises(_StreamError) as error:
         _Timeline(0.0).take(event, 1.0)
     assert str(error.value) == message
+
+
+def test_limits_of_answers_are_spread_evenly() -> None:
+    load = Load(("p",) * 40, 4, 64, shortest=25)
+    assert sorted(load.limit(index) for index in range(40)) == pytest.approx(range(25, 65), abs=2)
+    assert [Load(("p",) * 3, 1, 9).limit(index) for index in range(3)] == [9, 9, 9]
