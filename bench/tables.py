@@ -41,6 +41,8 @@ def benchmark_section(report: Report, source: str) -> str:
         source: path of the report as the README links it.
     """
     settings = report.settings
+    categories = settings.prompts_per_category
+    shown = {"slipstream": (*categories, ALL_CATEGORIES)} if len(categories) > 1 else {}
     lines = [
         "## Measured",
         "",
@@ -51,7 +53,7 @@ def benchmark_section(report: Report, source: str) -> str:
         "",
         f"| {' | '.join(_COLUMNS)} |",
         "|---" * len(_COLUMNS) + "|",
-        *(_line(row) for row in report.rows if row.category == ALL_CATEGORIES or row.method == "slipstream"),
+        *(_line(row) for row in report.rows if row.category in shown.get(row.method, (ALL_CATEGORIES,))),
         "",
         f"Made by `{_command(report)}`; the whole report, with latencies, is [{source}]({source}).",
     ]

@@ -140,7 +140,7 @@ class DraftController:
         self._steps = 0
         self._undrafted_steps = 0
         self._probing = False
-        self._has_evidence = False
+        self._judging = False
         self._judged_requests = 0
         self._judged_length = 0
         self._judgement_steps = 0
@@ -176,8 +176,9 @@ class DraftController:
             return []
         self._probing = False
         self._steps += 1
-        self._has_evidence |= self._recent.count(self._steps) >= _LEAST_EVIDENCE
-        length = self._judged(request_ids, load) if self._has_evidence else self._slots
+        evidence = self._recent.count(self._steps)
+        self._judging |= evidence >= _LEAST_EVIDENCE
+        length = self._judged(request_ids, load) if self._judging and evidence else self._slots
         if length or self._least:
             self._undrafted_steps = 0
             return [max(length, self._least)] * requests

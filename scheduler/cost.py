@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 _Floats = NDArray[np.float64]
 
-_SCHEMA = 1
+_SCHEMA = 2
 
 # The prior, as parts of the time of a lone row without context or draft: (mean, standard deviation).
 _BASE = (1.0, 1.0)
@@ -36,7 +36,8 @@ _TERMS = {
     "drafted_request": (0.05, 0.1),
     "drafted_slot": (0.01, 0.02),
 }
-_BEND = 1.0  # standard deviation of the change of slope at a knot, in those of a slope
+_EACH_ROW = 16  # rows, up to which every number of them has a knot
+_BEND = 1.0  # standard deviation of the change of slope when rows double, in those of a slope
 _LEAST_BASE = 1e-3  # keeps every prediction positive
 _FIRST_SECONDS = 0.01  # a lone row, before the first observation
 _MOST_TOKENS = 1 << 30
@@ -112,7 +113,7 @@ class CostModel:
         widths = np.diff(self._knots)
         self._widths = widths
         self._ramp_ends = np.append(np.ones(len(widths) - 1), np.inf)  # the last ramp goes on past its knot
-        self._unit, self._prior_terms, self._prior_covariance = _prior(widths)
+        self._unit, self._prior_terms, self._prior_covariance = _prior(self._knots)
         self._least = np.zeros(len(self._unit))
         self._least[0] = _LEAST_BASE
         self._observations = 0
@@ -411,20 +412,24 @@ def _powers(most: int) -> list[int]:
 
 
 def _knots(max_tokens: int) -> _Floats:
-    """Powers of two and ``max_tokens``, the last two not so close that the slope between them is mostly noise."""
+    """Every number of rows up to 16, where kernels work in blocks of a few rows and one row more can cost a whole block;
+    then two for each doubling, and ``max_tokens``, not so close to the one before that their slope is mostly noise."""
     last = max(max_tokens, 2)
-    return np.array([p for p in _powers(last)[:-1] if p * 1.5 <= last] + [last], float)
+    doublings = [knot for power in _powers(last) if power >= _EACH_ROW for knot in (power, power + power // 2)]
+    knots = [*range(1, _EACH_ROW), *doublings]
+    return np.array([knot for knot in knots if knot * 1.25 <= last or knot < min(last, _EACH_ROW)] + [last], float)
 
 
-def _prior(widths: _Floats) -> tuple[_Floats, _Floats, _Floats]:
+def _prior(knots: _Floats) -> tuple[_Floats, _Floats, _Floats]:
     """Units of the terms, their prior means in these units, and the covariance of terms and speed."""
+    starts, widths = knots[:-1], np.diff(knots)
     mean, deviation = np.array([_BASE] + [_PER_ROW] * len(widths) + list(_TERMS.values())).T
     unit = deviation.copy()
     unit[1 : len(widths) + 1] *= widths
     covariance = np.eye(len(unit) + 1)
     # Slopes are a random walk, so that the best guess beyond the last knot with data is the last slope.
-    steps = np.arange(len(widths))
-    covariance[1 : len(widths) + 1, 1 : len(widths) + 1] += _BEND**2 * np.minimum.outer(steps, steps)
+    doublings = np.log2(starts)
+    covariance[1 : len(widths) + 1, 1 : len(widths) + 1] += _BEND**2 * np.minimum.outer(doublings, doublings)
     covariance[-1, -1] = _SPEED_VARIANCE
     return unit, mean / deviation, covariance
 

@@ -138,6 +138,15 @@ def test_drafting_comes_back_within_two_hundred_and_fifty_steps() -> None:
     assert all(sum(plan) for plan in plans[250:])
 
 
+def test_drafting_is_tried_again_when_all_evidence_has_lapsed() -> None:
+    """Drafts may come out empty for long, as where an answer could end with each."""
+    machine = Machine(per_draft=3)
+    controller = DraftController(machine, 4)
+    run(controller, machine, BAD, 100)
+    plans = [controller.plan(["r0"], load(1)) for _ in range(300)]
+    assert plans[50] == [0] and plans[-1] == [4]
+
+
 def test_drafts_are_no_longer_than_what_is_verified_of_them() -> None:
     machine = Machine(fixed=10, per_row=3, per_draft=1)
     short = np.array([0.9, 0.1, 0.01, 0.001])

@@ -244,6 +244,21 @@ def test_the_last_slope_goes_on_beyond_the_last_knot_with_data(slope: float, tol
         assert model.seconds(plain(rows)) == pytest.approx(10e-3 + slope * rows, rel=tolerance)
 
 
+def test_a_block_of_rows_more_is_seen_at_the_row_that_needs_it() -> None:
+    """Kernels work in blocks of rows: with eight in a block the ninth costs a block, the tenth to twelfth hardly more."""
+
+    def blocks(load: StepLoad) -> float:
+        return 1e-3 * (10 + 4 * (math.ceil(load.tokens / 8) - 1) + 0.2 * load.tokens)
+
+    rng, model = np.random.default_rng(0), CostModel(512)
+    serve(model, rng, blocks, lambda rng: StepLoad(int(rng.integers(1, 17)), 4, 400, 0, 0), 600)
+    ninth, tenth = (
+        model.seconds(StepLoad(rows + 1, 4, 400, 0, 0)) - model.seconds(StepLoad(rows, 4, 400, 0, 0)) for rows in (8, 9)
+    )
+    assert ninth > 2.5e-3
+    assert tenth < 1e-3
+
+
 def test_a_gap_between_knots_with_data_is_filled_from_both_sides() -> None:
     model = CostModel(512)
     for _ in range(30):
@@ -456,8 +471,8 @@ def _changed(key: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda saved: saved.update(schema=2), "not of schema 1"),
-        (lambda saved: saved.pop("schema"), "not of schema 1"),
+        (lambda saved: saved.update(schema=1), "not of schema 2"),
+        (lambda saved: saved.pop("schema"), "not of schema 2"),
         (lambda saved: saved.update(identity="b"), "are of 'b', not of 'a'"),
         (lambda saved: saved.pop("identity"), "are of None, not of 'a'"),
         (lambda saved: saved.update(model=[1]), "must be a JSON object, not list"),

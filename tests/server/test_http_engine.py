@@ -146,9 +146,8 @@ _STORY = "The rain in Spain stays mainly in the plain. The rain in Spain stays m
 def _since(server: EngineServer, before: dict[str, Any]) -> dict[str, Any]:
     """Counts that ``GET /v1/speculation`` tells, less those of an earlier report; lists and numbers alone."""
     now, then = server.speculation()["since_start"], before["since_start"]
-    lengths = zip_longest(
-        now["draft_lengths"], then["draft_lengths"], fillvalue=0
-    )  # before the first step there is one
+    # Before the first step there is one length.
+    lengths = zip_longest(now["draft_lengths"], then["draft_lengths"], fillvalue=0)
     counts = {name: now[name] - then[name] for name in ("verify_steps", "verified_tokens", "emitted_tokens")}
     return {**counts, "draft_lengths": [a - b for a, b in lengths]}
 
