@@ -245,7 +245,7 @@ def test_the_last_slope_goes_on_beyond_the_last_knot_with_data(slope: float, tol
 
 
 def test_a_block_of_rows_more_is_seen_at_the_row_that_needs_it() -> None:
-    """Kernels work in blocks of rows: with eight in a block the ninth costs a block, the tenth to twelfth hardly more."""
+    """Kernels work in blocks of rows: with eight in a block the ninth costs a block, those behind it hardly more."""
 
     def blocks(load: StepLoad) -> float:
         return 1e-3 * (10 + 4 * (math.ceil(load.tokens / 8) - 1) + 0.2 * load.tokens)
