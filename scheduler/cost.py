@@ -412,8 +412,8 @@ def _powers(most: int) -> list[int]:
 
 
 def _knots(max_tokens: int) -> _Floats:
-    """Every number of rows up to 16, as kernels work in blocks of a few rows and one row more can cost a block; then two
-    for each doubling, and ``max_tokens``, not so close to the one before that their slope is mostly noise."""
+    """Every number of rows up to 16, as kernels work in blocks of a few rows and one row more can cost a block; then
+    two for each doubling, and ``max_tokens``, not so close to the one before that their slope is mostly noise."""
     last = max(max_tokens, 2)
     doublings = [knot for power in _powers(last) if power >= _EACH_ROW for knot in (power, power + power // 2)]
     knots = [*range(1, _EACH_ROW), *doublings]
