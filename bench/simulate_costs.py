@@ -11,14 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.errors import BenchError
-from scheduler.cost import CostModel, StepLoad
+from scheduler.cost import SCHEMA, CostModel, StepLoad
 
 __all__ = ["GPUS", "STEPS_SCHEMA", "Gpu", "GpuCost", "ReplayCost", "Workload", "find_gpu", "read_cost"]
 
 STEPS_SCHEMA = "slipstream-steps"
 """Of a table of measured steps."""
 
-_COST_MODEL_SCHEMA = 1
 _STEPS_VERSION = 1
 _FEWEST_STEPS = 8
 _OBSERVATIONS = 2_000  # of a table, at least: its steps are shown to the model again and again
@@ -175,9 +174,9 @@ def read_cost(path: Path) -> ReplayCost:
     schema = plain.get("schema") if isinstance(plain, dict) else None
     if schema == STEPS_SCHEMA:
         return _fitted(path, plain)
-    if schema != _COST_MODEL_SCHEMA:
+    if schema != SCHEMA:
         raise BenchError(
-            f'{path} holds no step times: "schema" is {json.dumps(schema)}, expected {_COST_MODEL_SCHEMA} '
+            f'{path} holds no step times: "schema" is {json.dumps(schema)}, expected {SCHEMA} '
             f'of a saved cost model or "{STEPS_SCHEMA}" of measured steps'
         )
     try:

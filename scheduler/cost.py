@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 _Floats = NDArray[np.float64]
 
-_SCHEMA = 2
+SCHEMA = 2
 
 # The prior, as parts of the time of a lone row without context or draft: (mean, standard deviation).
 _BASE = (1.0, 1.0)
@@ -367,7 +367,7 @@ def save_cost_model(path: Path, identity: str, model: CostModel) -> None:
         OSError: the file cannot be written; an old one stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = {"schema": _SCHEMA, "identity": identity, "model": model.to_json()}
+    plain = {"schema": SCHEMA, "identity": identity, "model": model.to_json()}
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(
@@ -395,8 +395,8 @@ def load_cost_model(path: Path, identity: str) -> tuple[CostModel | None, str]:
         return None, f"the step times in {path} cannot be read: {error.strerror}"
     except (ValueError, RecursionError) as error:
         return None, f"the step times in {path} are not JSON: {error}"
-    if not isinstance(saved, dict) or saved.get("schema") != _SCHEMA:
-        return None, f"the step times in {path} are not of schema {_SCHEMA}"
+    if not isinstance(saved, dict) or saved.get("schema") != SCHEMA:
+        return None, f"the step times in {path} are not of schema {SCHEMA}"
     if saved.get("identity") != identity:
         return None, f"the step times in {path} are of {saved.get('identity')!r}, not of {identity!r}"
     try:

@@ -125,9 +125,9 @@ def test_a_table_of_measured_steps_is_fitted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("plain", "message"),
     [
-        ([], 'holds no step times: "schema" is null, expected 1 of a saved cost model or "slipstream-steps"'),
+        ([], 'holds no step times: "schema" is null, expected 2 of a saved cost model or "slipstream-steps"'),
         ({"schema": 9}, 'holds no step times: "schema" is 9'),
-        ({"schema": 1, "model": 3}, "holds no usable cost model: a cost model must be a JSON object, not int"),
+        ({"schema": 2, "model": 3}, "holds no usable cost model: a cost model must be a JSON object, not int"),
         ({**measured(), "version": 2}, ": version 2 of measured steps; version 1 is read"),
         ({**measured(), "steps": []}, ': "steps" must be a list of at least 8 measured steps'),
         ({**measured(), "steps": [3] * 8}, ": step 1 is not an object with tokens, requests, "),
