@@ -148,12 +148,12 @@ def run(args: argparse.Namespace, methods: Mapping[str, Method] = METHODS) -> in
             outcome = run_benchmark(options, display)
         finally:
             display.close()
+        _print_report(outcome.report, options.output)
         if plot and outcome.report.rows:
             draw_report(outcome.report, plot)
     except BenchError as error:
         print(f"slipstream: error: {error}", file=sys.stderr)
         return _MISTAKE
-    _print_report(outcome.report, options.output)
     if outcome.interrupted_by is not None:
         return 128 + outcome.interrupted_by
     return _SOMETHING_FAILED if outcome.report.failures else 0

@@ -1,6 +1,7 @@
 """What all drawings share: matplotlib without a display, and files that appear whole or not at all."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,9 @@ from bench.errors import BenchError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["by_concurrency", "colour", "panels", "plot_file", "save_figure"]
+__all__ = ["colour", "panels", "plot_file", "save_figure"]
 
 _SUFFIXES = (".svg", ".html")
 
@@ -26,12 +28,11 @@ def plot_file(flag: str, text: str) -> Path:
     return output_file(text)
 
 
-def panels() -> tuple[Any, tuple["Axes", "Axes"]]:
+def panels() -> tuple["Figure", tuple["Axes", "Axes"]]:
     """A figure with two panels side by side, and the panels."""
     import matplotlib as mpl
 
     mpl.use("Agg")
-    mpl.rcParams.update({"svg.hashsalt": "slipstream", "svg.fonttype": "none"})  # equal data, equal files
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
@@ -45,29 +46,33 @@ def colour(number: int) -> Any:
     return mpl.colormaps["tab20"](number % 20)
 
 
-def by_concurrency(axes: "Axes", places: list[int]) -> None:
-    """Make requests in flight the horizontal axis, doubling from tick to tick."""
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="concurrent requests", xticks=places, xticklabels=map(str, places))
-    axes.grid(alpha=0.3)
-
-
-def save_figure(figure: Any, path: Path, title: str) -> None:
-    """Write a figure, and be done with it.
+def save_figure(figure: "Figure", concurrencies: Iterable[int], heading: str, path: Path, title: str) -> None:
+    """Finish a figure whose panels go by requests in flight, write it, and be done with it.
 
     Args:
         figure: of ``panels``.
+        concurrencies: where both panels have a tick; they double from left to right.
+        heading: above the panels.
         path: the file, which ends in ``.svg`` or ``.html``.
         title: of the page around it.
 
     Raises:
         BenchError: the file cannot be written.
     """
+    import matplotlib as mpl
     from matplotlib import pyplot as plt
 
+    places = list(concurrencies)
+    for axes in figure.axes:
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="concurrent requests", xticks=places, xticklabels=map(str, places))
+        axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.suptitle(heading)
     unfinished = path.with_name(f".{path.name}.partial")
     try:
-        figure.savefig(unfinished, format="svg", metadata={"Date": None})
+        with mpl.rc_context({"svg.hashsalt": "slipstream", "svg.fonttype": "none"}):  # equal data, equal files
+            figure.savefig(unfinished, format="svg", metadata={"Date": None})
         if path.suffix.lower() == ".html":
             _wrap(unfinished, title)
         os.replace(unfinished, path)

@@ -27,6 +27,7 @@ def asynchronous_client(base_url: str, timeout: float, connections: int) -> http
     return httpx.AsyncClient(
         base_url=base_url,
         timeout=httpx.Timeout(timeout, connect=10.0, pool=None),
+        # A connection each: llama.cpp's server closes idle ones, now and then in the face of the next request.
         limits=httpx.Limits(max_connections=connections, max_keepalive_connections=0),
         trust_env=False,
         verify=_NO_CERTIFICATES,

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bench.figures import by_concurrency, colour, panels, save_figure
+from bench.figures import colour, panels, save_figure
 from bench.prompts import ALL_CATEGORIES
 from bench.report import Report, Row
 
@@ -31,20 +31,16 @@ def draw_report(report: Report, path: Path) -> None:
                 at, medians, least, most = zip(*points, strict=True)
                 below = [median - low for median, low in zip(medians, least, strict=True)]
                 above = [high - median for median, high in zip(medians, most, strict=True)]
-                axes.errorbar(at, medians, (below, above), label=method.name, **look)
+                axes.errorbar(at, medians, (below, above), label=method.name if axes is left else None, **look)
     left.set(title="Tokens per second", yscale="log")
     right.set(title="Speed against plain decoding (ar)")
     right.axhline(1, color="black", linewidth=0.8, linestyle="--")
-    for axes in (left, right):
-        by_concurrency(axes, list(report.settings.concurrencies))
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False)
     settings = report.settings
-    figure.suptitle(
+    heading = (
         f"{Path(settings.model).name}, {report.machine.cpu}, {report.machine.cores} cores, "
         f"temperature {settings.temperature:g}, medians of {settings.repeats} repeats"
     )
-    save_figure(figure, path, "Benchmark")
+    save_figure(figure, settings.concurrencies, heading, path, "Benchmark")
 
 
 _Point = tuple[int, float, float, float]  # requests in flight; median, least and most

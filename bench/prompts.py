@@ -9,13 +9,12 @@ from pathlib import Path
 
 from bench.errors import BenchError
 
-__all__ = ["ALL_CATEGORIES", "MIXED", "PromptFile", "load_prompts"]
+__all__ = ["ALL_CATEGORIES", "PromptFile", "load_prompts"]
 
 ALL_CATEGORIES = "all"
 """The name of the rows that sum up all categories; no category of a prompt file may be called so."""
 
-MIXED = "mixed"
-"""The name of the one category that is left when prompts of all categories run at the same time."""
+_MIXED = "mixed"  # the one category that is left when prompts of all categories run at the same time
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ class PromptFile:
         """The same prompts as one category, taken from the categories in turn."""
         turns = zip_longest(*self.categories.values())
         prompts = tuple(prompt for turn in turns for prompt in turn if prompt is not None)
-        return replace(self, categories={MIXED: prompts})
+        return replace(self, categories={_MIXED: prompts})
 
     def check_fills(self, concurrency: int) -> None:
         """See that a load of any category can keep so many requests in flight.

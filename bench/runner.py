@@ -150,8 +150,7 @@ class _Benchmark:
             self._display.status(f"{engine.method.name}: warming up at concurrency {concurrency}")
             some = tuple(prompts[index % len(prompts)] for index in range(concurrency))
             load = self._load(some, concurrency, f"warm-up {concurrency}")
-            load = replace(load, max_tokens=min(_WARM_UP_TOKENS, load.max_tokens), shortest=None)
-            _raise_if_all_failed("warm-up", engine, run_load(engine.target, load))
+            _raise_if_all_failed("warm-up", engine, run_load(engine.target, _limited(load, _WARM_UP_TOKENS)))
 
     def _measure_all(self, pool: EnginePool) -> None:
         options = self._options
@@ -205,8 +204,7 @@ class _Benchmark:
     def _wake_up(self, engine: Engine) -> None:
         """One short request that is not measured: a process that was frozen comes back with cold caches."""
         load = self._load(("Hello",), 1, "wake-up")
-        load = replace(load, max_tokens=min(_WAKE_UP_TOKENS, load.max_tokens), shortest=None)
-        _raise_if_all_failed("measure", engine, run_load(engine.target, load))
+        _raise_if_all_failed("measure", engine, run_load(engine.target, _limited(load, _WAKE_UP_TOKENS)))
 
     def _load(self, prompts: tuple[str, ...], concurrency: int, salt: str) -> Load:
         options = self._options
@@ -264,6 +262,11 @@ class _Benchmark:
             ),
             failures=tuple(self._failures),
         )
+
+
+def _limited(load: Load, most: int) -> Load:
+    """The load with answers of at most so many tokens, all alike."""
+    return replace(load, max_tokens=min(most, load.max_tokens), shortest=None)
 
 
 def _raise_if_all_failed(stage: Stage, engine: Engine, result: LoadResult) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bench.figures import by_concurrency, colour, panels, save_figure
+from bench.figures import colour, panels, save_figure
 from bench.simulate_report import CLAIRVOYANT, EXPECTED, SimulatedRow, SimulationReport
 
 __all__ = ["draw_simulation"]
@@ -42,9 +42,6 @@ def draw_simulation(report: SimulationReport, path: Path) -> None:
     right.set(title="Regret against the expected oracle, %")
     right.axhline(5, color="tab:red", linewidth=0.8, linestyle="--")
     places = sorted({place for rows in by_policy.values() for place, _ in rows})
-    for axes in (left, right):
-        by_concurrency(axes, places)
-    figure.legend(loc="outside right upper", frameon=False)
     where = report.cost.get("gpu") or report.cost.get("file")
-    figure.suptitle(f"Simulated: {', '.join(trace.file for trace in report.traces)} on the step times of {where}")
-    save_figure(figure, path, "Simulated draft policies")
+    heading = f"Simulated: {', '.join(trace.file for trace in report.traces)} on the step times of {where}"
+    save_figure(figure, places, heading, path, "Simulated draft policies")

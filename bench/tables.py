@@ -76,8 +76,11 @@ def speeds_section(report: Report, source: str) -> str:
     for method in report.methods:
         cells = [_speed(rows.get((method.name, concurrency))) for concurrency in concurrencies]
         lines.append(f"| {_cell(method.name)} | {' | '.join(cells)} |")
-    lines += ["", f"Medians of {report.settings.repeats} alternating repeats on {report.machine.cpu}, "]
-    lines[-1] += f"{report.machine.cores} cores; [{source}]({source}), made by `{_command(report)}`."
+    lines += [
+        "",
+        f"Medians of {report.settings.repeats} alternating repeats on {report.machine.cpu}, "
+        f"{report.machine.cores} cores; [{source}]({source}), made by `{_command(report)}`.",
+    ]
     return "\n".join(lines)
 
 

@@ -69,8 +69,9 @@ def choose(survival: Floats, load: StepLoad, cost: StepCost) -> Choice:
     """
     candidates = survival[survival > 0]
     candidates[::-1].sort()
-    count, emitted, seconds = _fill(candidates, len(survival), _seconds(len(candidates), len(survival), load, cost))
-    return Choice(_first(survival, candidates, count), emitted, seconds)
+    seconds = _seconds(len(candidates), len(survival), load, cost)
+    (count,), (emitted,), (took,) = _fill(candidates[None], len(survival), seconds)
+    return Choice(_first(survival, candidates, int(count)), float(emitted), float(took))
 
 
 def _seconds(candidates: int, requests: int, load: StepLoad, cost: StepCost) -> Floats:
@@ -82,14 +83,20 @@ def _seconds(candidates: int, requests: int, load: StepLoad, cost: StepCost) -> 
     return seconds
 
 
-def _fill(candidates: Floats, requests: int, seconds: Floats) -> tuple[int, float, float]:
-    """How many candidates, likeliest first, emit most per second; the tokens emitted then and the seconds."""
-    emitted = np.empty(len(candidates) + 1)
-    emitted[0] = requests
-    np.cumsum(candidates, out=emitted[1:])
-    emitted[1:] += requests
-    best = int(np.argmax(emitted / seconds[: len(emitted)]))
-    return best, float(emitted[best]), float(seconds[best])
+def _fill(candidates: Floats, requests: int, seconds: Floats) -> tuple[npt.NDArray[np.int64], Floats, Floats]:
+    """How many candidates of each of several steps emit most per second; the tokens emitted then and the seconds.
+
+    Args:
+        candidates: ``[steps, candidates]``, likeliest first.
+        requests: that emit one token in any case.
+        seconds: ``[candidates + 1]`` of a step with so many of them.
+    """
+    emitted = np.empty((len(candidates), len(seconds)))
+    emitted[:, 0] = requests
+    np.cumsum(candidates, axis=1, out=emitted[:, 1:])
+    emitted[:, 1:] += requests
+    best = np.argmax(emitted / seconds, axis=1)
+    return best, emitted[np.arange(len(best)), best], seconds[best]
 
 
 def _first(survival: Floats, candidates: Floats, count: int) -> list[int]:
@@ -114,10 +121,8 @@ def _rate(batches: Floats, seconds: Floats) -> float:
     """
     steps, requests, slots = batches.shape
     candidates = np.sort(batches.reshape(steps, requests * slots), axis=1)[:, ::-1]
-    emitted = np.full((steps, len(seconds)), float(requests))
-    emitted[:, 1:] += np.cumsum(candidates, axis=1)
-    best = np.argmax(emitted / seconds, axis=1)
-    return float(emitted[np.arange(steps), best].sum() / seconds[best].sum())
+    _, emitted, took = _fill(candidates, requests, seconds)
+    return float(emitted.sum() / took.sum())
 
 
 def _lengths(reach: int) -> list[int]:

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +145,8 @@ _STORY = "The rain in Spain stays mainly in the plain. The rain in Spain stays m
 def _since(server: EngineServer, before: dict[str, Any]) -> dict[str, Any]:
     """Counts that ``GET /v1/speculation`` tells, less those of an earlier report; lists and numbers alone."""
     now, then = server.speculation()["since_start"], before["since_start"]
-    # Before the first step there is one length.
-    lengths = zip_longest(now["draft_lengths"], then["draft_lengths"], fillvalue=0)
+    early = [0] * (len(now["draft_lengths"]) - len(then["draft_lengths"]))  # before the first step there is one length
+    lengths = zip(now["draft_lengths"], [*then["draft_lengths"], *early], strict=True)
     counts = {name: now[name] - then[name] for name in ("verify_steps", "verified_tokens", "emitted_tokens")}
     return {**counts, "draft_lengths": [a - b for a, b in lengths]}
 
