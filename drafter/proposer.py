@@ -2,21 +2,23 @@
 
 import time
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from drafter.checkpoint import Drafter, check_fits, load_drafter
+from drafter.context import context_keeper
 from drafter.denoise import BlockStarts, Denoised, denoise
 from drafter.layers import BlockContext
 from drafter.options import ProposalOptions
-from drafter.pending import PendingForwards, context_of
 from drafter.search import make_search
 from drafter.serving import ServingDrafter
 from drafter.thresholds import FixedThreshold, OneShotThresholds, PassRecord
 from drafter.types import Drafts, PagedCacheSpec, TargetForward, TargetModel
+
+_MOST_UNREAD = 64  # passes
 
 
 @dataclass(slots=True)
@@ -45,8 +47,8 @@ class BlockDiffusionProposer:
 
     The paged cache holds the drafter's own keys and values for every token of context. It is indexed by the
     target's block table and slot mapping, so prefix-cache hits, preemption and chunked prefill of the target are
-    right for the drafter too, provided that every target pass is written, whether tokens are drafted or not. It can be
-    written later, as only drafts read it.
+    right for the drafter too, provided that every target pass is taken in, whether tokens are drafted or not. See
+    ``drafter.context`` for when it is written.
     """
 
     def __init__(self, drafter: Drafter, options: ProposalOptions, source: str):
@@ -57,7 +59,7 @@ class BlockDiffusionProposer:
         if options.calibrated_threshold and options.max_passes > 1:
             self._calibration = OneShotThresholds(options.observe_threshold)
         self._thresholds = self._calibration or FixedThreshold(options.observe_threshold)
-        self._pending = PendingForwards()
+        self._unread: list[TargetForward] = []
         self._counters = DrafterCounters()
 
     @classmethod
@@ -80,6 +82,7 @@ class BlockDiffusionProposer:
         """Check that the drafter fits, share the target's embedding and head, allocate the pages."""
         check_fits(self._drafter.model.config, target.shape, self._source)
         self._serving = ServingDrafter(self._drafter, target, cache)
+        self._context = context_keeper(self._serving, cache)
         self._search = make_search(self._options, self._serving.head, target.shape.vocab_size)
 
     def page_tensors(self) -> list[torch.Tensor]:
@@ -87,34 +90,33 @@ class BlockDiffusionProposer:
 
     @torch.inference_mode()
     def propose(self, forward: TargetForward) -> Drafts:
-        """Draft for every request that can still use a draft token.
-
-        The context K/V of a pass are written when something is drafted behind it, or several passes later.
-        """
+        """Draft for every request that can still use a draft token."""
         started = time.perf_counter()
-        if not self._pending.accepts(forward):
-            self.settle()
-        self._pending.add(forward)
         rows = [r for r, tokens in enumerate(forward.sampled) if tokens and forward.draft_limits[r] > 0]
-        features = self.settle() if rows or self._pending.is_full else None
+        context = self._context.take(forward, rows)
         written = time.perf_counter()
         self._calibrate(forward)
-        drafts = Drafts.none(len(forward.request_ids)) if features is None else self._draft(forward, features, rows)
+        self._read(forward, bool(rows))
+        drafts = Drafts.none(len(forward.request_ids))
+        if rows:
+            self._draft(forward, rows, context.last_features, drafts)
+            drafts.late_seconds = (written - started) * context.late_rows / context.rows
+        self._counters.context_tokens += context.rows
         self._counters.context_seconds += written - started
         self._counters.seconds += time.perf_counter() - written
         return drafts
 
-    def settle(self) -> torch.Tensor | None:
-        """Write the context K/V of the passes that wait; the context features ``[T, hidden]`` of the last of them."""
-        forwards = self._pending.take()
-        if not forwards:
-            return None
-        hidden_states, positions, slot_mapping = context_of(forwards)
-        features = self._serving.context_features(hidden_states)
-        self._serving.write_context(features, positions, slot_mapping)
-        self._search.take(*forwards)
-        self._counters.context_tokens += len(features)
-        return features[-len(forwards[-1].positions) :]
+    @torch.inference_mode()
+    def settle(self) -> None:
+        """See ``Proposer``."""
+        self._counters.context_tokens += self._context.settle()
+
+    def _read(self, forward: TargetForward, now: bool) -> None:
+        """Let the path search read what a pass made final: at the latest when it is asked, and many passes in one."""
+        self._unread.append(replace(forward, hidden_states=()))
+        if now or len(self._unread) >= _MOST_UNREAD:
+            self._search.take(*self._unread)
+            self._unread.clear()
 
     def command(self, name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         """``counters`` answers with ``DrafterCounters``."""
@@ -129,13 +131,10 @@ class BlockDiffusionProposer:
                 self._calibration.emitted(request_id, sampled)
             self._calibration.finished(forward.finished)
 
-    def _draft(self, forward: TargetForward, features: torch.Tensor, rows: list[int]) -> Drafts:
-        """Blocks for the requests ``rows``, from the context ``features`` of the pass."""
-        drafts = Drafts.none(len(forward.request_ids))
-        if not rows:
-            return drafts
+    def _draft(self, forward: TargetForward, rows: list[int], last_features: torch.Tensor, drafts: Drafts) -> None:
+        """Blocks for the requests ``rows``, behind the features of their last tokens, into ``drafts``."""
         wanted = min(self._max_draft_tokens, max(forward.draft_limits[r] for r in rows))
-        starts = _block_starts(forward, features, rows)
+        starts = _block_starts(forward, rows, last_features)
         search = self._search.behind(forward, rows)
         result = denoise(self._serving, starts, wanted, search, self._thresholds, self._options.max_passes)
         path = result.path
@@ -149,7 +148,6 @@ class BlockDiffusionProposer:
         self._counters.blocks += len(rows)
         self._counters.passes += int(result.passes.sum())
         self._counters.draft_tokens += sum(map(len, drafts.token_ids))
-        return drafts
 
 
 def up_to_end(tokens: Sequence[int], ends: Set[int]) -> int:
@@ -160,18 +158,16 @@ def up_to_end(tokens: Sequence[int], ends: Set[int]) -> int:
     return next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
 
 
-def _block_starts(forward: TargetForward, features: torch.Tensor, rows: list[int]) -> BlockStarts:
+def _block_starts(forward: TargetForward, rows: list[int], last_features: torch.Tensor) -> BlockStarts:
     """Where the blocks of the requests ``rows`` begin, behind what each has just emitted."""
     # Mostly it is all of them, and a slice costs nothing.
-    index = slice(None) if len(rows) == len(forward.request_ids) else torch.tensor(rows, device=features.device)
-    lengths = forward.context_lens[index]
-    first_rows = forward.row_starts[:-1][index]
-    last_rows = first_rows + lengths - 1 - forward.positions[first_rows]
+    device = forward.context_lens.device
+    index = slice(None) if len(rows) == len(forward.request_ids) else torch.tensor(rows, device=device)
     return BlockStarts(
         request_ids=[forward.request_ids[r] for r in rows],
-        anchors=torch.tensor([forward.sampled[r][-1] for r in rows], device=features.device),
-        last_features=features[last_rows],
-        context=BlockContext(forward.block_table[index], lengths.to(torch.int32)),
+        anchors=torch.tensor([forward.sampled[r][-1] for r in rows], device=device),
+        last_features=last_features,
+        context=BlockContext(forward.block_table[index], forward.context_lens[index].to(torch.int32)),
     )
 
 

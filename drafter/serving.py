@@ -39,7 +39,7 @@ class ServingDrafter:
     def __init__(self, drafter: Drafter, target: TargetModel, cache: PagedCacheSpec):
         model = drafter.model.to(target.embedding.device)
         self.config = config = model.config
-        self._model, self._embedding = model, target.embedding
+        self._model, self._embedding, self.target_dtype = model, target.embedding, target.embedding.dtype
         head = drafter.head(target)
         markov = None if model.markov is None else PackedMarkovHead(model.markov)
         # Rounding the target's rows changes a draft now and then, and never an answer.

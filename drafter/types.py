@@ -142,16 +142,18 @@ class PathSearcher(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Drafts:
     """Draft tokens per request, in the order of ``TargetForward.request_ids``.
 
     ``survival[r][k]`` estimates the probability that tokens ``0..k`` of request ``r`` are all accepted. After one pass
-    over a block it rests on these tokens alone; refinement passes let later tokens have their say.
+    over a block it rests on these tokens alone; refinement passes let later tokens have their say. ``late_seconds``
+    went into what earlier steps had put off, so that drafting behind every step would not take them.
     """
 
     token_ids: list[list[int]] = field(default_factory=list)
     survival: list[list[float]] = field(default_factory=list)
+    late_seconds: float = 0.0
 
     @classmethod
     def none(cls, num_requests: int) -> "Drafts":

@@ -17,6 +17,7 @@ _Integers = npt.NDArray[np.int64]
 _GOES_ON = 0.5
 # Of steps that are alike only some are learned from, once the cost model is no longer young: learning takes time too.
 _LEARN_INTERVAL, _YOUNG = 4, 100
+_PREDICTION_STEPS = 8  # for which a predicted step time holds, as long as steps are alike: their context grows slowly
 
 
 class AdaptivePolicy:
@@ -41,6 +42,8 @@ class AdaptivePolicy:
         self._admitted: dict[str, Source] = {}
         self._repeating: set[str] = set()
         self._kind, self._alike = (0, 0), 0
+        self._predicted = (0, 0, 0, 0), 0.0
+        self._prediction_steps = 0
 
     def plan(self, coming: ComingStep) -> list[int]:
         """See ``DraftPolicy``."""
@@ -123,7 +126,12 @@ class AdaptivePolicy:
 
     def predicted_seconds(self, load: StepLoad) -> float | None:
         """See ``DraftPolicy``."""
-        return self.cost.seconds(load)
+        kind = load.tokens, load.requests, load.drafted_requests, load.drafted_slots
+        self._prediction_steps -= 1
+        if kind != self._predicted[0] or self._prediction_steps <= 0:
+            self._predicted = kind, self.cost.seconds(load)
+            self._prediction_steps = _PREDICTION_STEPS
+        return self._predicted[1]
 
     def errors(self) -> ModelErrors:
         """See ``DraftPolicy``."""

@@ -148,6 +148,7 @@ class DraftController:
         self._judging = False
         self._judged_requests = 0
         self._judged_length = 0
+        self._judged_drafts = 0  # step of the latest draft that it rests on
         self._judgement_steps = 0
 
     def admit(self, survival: Floats, drafted: Mapping[str, Floats], load: StepLoad) -> Choice:
@@ -201,9 +202,11 @@ class DraftController:
     def _judged(self, request_ids: Sequence[str], load: StepLoad) -> int:
         """``_worthwhile_length``, as of some steps ago."""
         self._judgement_steps -= 1
-        change = abs(len(request_ids) - self._judged_requests)
-        if self._judgement_steps <= 0 or change > self._judged_requests // 8:
-            self._judged_requests = len(request_ids)
+        changed = abs(len(request_ids) - self._judged_requests) > self._judged_requests // 8
+        # Without drafts there is nothing new to judge by.
+        settled = self._judged_length == 0 and self._judged_drafts == self._recent.latest
+        if changed or (self._judgement_steps <= 0 and not settled):
+            self._judged_requests, self._judged_drafts = len(request_ids), self._recent.latest
             self._judgement_steps = _JUDGEMENT_STEPS * (3 if len(request_ids) >= _MANY_REQUESTS else 1)
             self._judged_length = self._worthwhile_length(request_ids, load)
         return self._judged_length

@@ -19,10 +19,12 @@ class RecentDrafts:
 
     def __init__(self) -> None:
         self._all: deque[tuple[int, Floats]] = deque(maxlen=_KEPT)
+        self.latest = 0  # step of the latest one
         self._own: dict[str, deque[tuple[int, Floats]]] = {}
 
     def add(self, step: int, request_id: str, survival: Floats) -> None:
         """Note a draft of a request: ``[slots]``, 0 where it has no token."""
+        self.latest = step
         self._all.append((step, survival))
         self._own.setdefault(request_id, deque(maxlen=_KEPT_OF_ONE)).append((step, survival))
 

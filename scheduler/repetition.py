@@ -15,7 +15,7 @@ Tokens = npt.NDArray[np.int32]
 _LEVELS = (((9, 16), 0.95), ((4, 8), 0.8), ((2, 3), 0.5))
 _FIRST_ROOM = 256  # tokens
 _SHARE = 0.02
-_LONGEST_PAUSE = 4  # tokens
+_FIRST_PAUSE, _LONGEST_PAUSE = 2, 8  # tokens
 
 
 class Matcher(Protocol):
@@ -54,8 +54,9 @@ class GrowingText:
 class RepetitionDrafts:
     """Proposes what followed when a request's latest tokens stood in its prompt or answer before.
 
-    Nobody else's text is looked at. To search takes time in proportion to all text, so it gets a small part of the
-    time between two calls: requests that repeated themselves last time are first, then those that waited longest.
+    Nobody else's text is looked at. To search takes time in proportion to all text, and so does to weigh what was
+    found. So it gets a small part of the time between two calls: requests that gained by it last time are first, then
+    those that waited longest; and a request that did not gain has to grow for ever longer before it is searched again.
 
     Args:
         matcher: gives the function that searches, or ``None`` as long as there is none.
@@ -89,6 +90,11 @@ class RepetitionDrafts:
                 found[text.request_id] = repetition
         return found
 
+    def verified(self, request_id: str, accepted: int) -> None:
+        """A step accepted so many draft tokens of a request, whosever they were; unknown requests are ignored."""
+        if text := self._texts.get(request_id):
+            text.verified(accepted)
+
     def finished(self, request_id: str) -> None:
         """Forget a request; unknown ones are ignored."""
         self._texts.pop(request_id, None)
@@ -97,24 +103,32 @@ class RepetitionDrafts:
 class _Text:
     """A text that grows, in one array."""
 
-    __slots__ = ("_array", "_length", "_pause", "searched")
+    __slots__ = ("_array", "_found", "_length", "_pause", "searched")
 
     def __init__(self) -> None:
         self._array: Tokens = np.empty(_FIRST_ROOM, dtype=np.int32)
         self._length = 0
         self._pause = 0
+        self._found = False
         self.searched = 0.0  # when it was searched in vain; 0 if it was not
 
     def is_due(self, length: int) -> bool:
-        """Whether to search: with every search in vain it may grow by more tokens before the next one."""
+        """Whether to search: with every search in vain it has to grow by more tokens before the next one."""
         return length >= self._length + self._pause
 
     def search(self, matcher: Matcher, text: GrowingText, now: float) -> Repetition | None:
         self._follow(text.token_ids)
         found = self._find(matcher, text.limit)
-        self._pause = 0 if found else min(self._pause + 2, _LONGEST_PAUSE)
-        self.searched = 0.0 if found else now
+        self._found = found is not None
+        # In vain until something of it is accepted.
+        self._pause = min(max(2 * self._pause, _FIRST_PAUSE), _LONGEST_PAUSE)
+        self.searched = now
         return found
+
+    def verified(self, accepted: int) -> None:
+        if self._found and accepted:
+            self._pause, self.searched = 0, 0.0
+        self._found = False
 
     def _find(self, matcher: Matcher, limit: int) -> Repetition | None:
         for (shortest, longest), probability in _LEVELS:

@@ -12,6 +12,7 @@ class _Step:
     load: StepLoad
     started: float
     seconds: float | None = None
+    late_seconds: float = 0.0
 
 
 class StepWatch:
@@ -34,13 +35,16 @@ class StepWatch:
         if self._step is not None:
             self._step.seconds = self._clock() - self._step.started
 
-    def drafted(self, lengths: Sequence[int]) -> None:
-        """The drafts that were computed behind it."""
+    def drafted(self, lengths: Sequence[int], late_seconds: float = 0.0) -> None:
+        """The drafts that were computed behind it; ``late_seconds`` of it are none of its own work."""
         if self._step is not None:
+            self._step.late_seconds = late_seconds
             drafts = [length for length in lengths if length]
             self._step.load = replace(self._step.load, drafted_requests=len(drafts), drafted_slots=sum(drafts))
 
     def take(self) -> tuple[StepLoad, float] | None:
-        """The step's load and its seconds, once; ``None`` if none has ended."""
+        """The step's load and the seconds of its own work, once; ``None`` if none has ended."""
         step, self._step = self._step, None
-        return None if step is None or step.seconds is None else (step.load, step.seconds)
+        if step is None or step.seconds is None or step.seconds <= step.late_seconds:
+            return None
+        return step.load, step.seconds - step.late_seconds

@@ -12,7 +12,7 @@ from vllm.v1.outputs import DraftTokenIds, SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from drafter.noise import request_seed
-from drafter.types import PagedCacheSpec, RandomSampling, TargetForward
+from drafter.types import Drafts, PagedCacheSpec, RandomSampling, TargetForward
 from scheduler.vllm_platform import BaseModelRunner
 from scheduler.vllm_proposer import ProposerHost
 from scheduler.vllm_sampler import PositionKeyedSampler, StepKeys, use_position_keyed_sampling
@@ -33,7 +33,7 @@ class SlipstreamModelRunner(BaseModelRunner):
         self._end_tokens: dict[str, frozenset[int]] = {}
         self._private: set[str] = set()
         self._finished: list[str] = []
-        self._survival: list[list[float]] = []
+        self._drafts = Drafts()
         self._group = 0
 
     def _get_eagle3_aux_layers_from_config(self) -> tuple[int, ...] | None:
@@ -103,16 +103,16 @@ class SlipstreamModelRunner(BaseModelRunner):
         """Called by vLLM after every step, with prompts still being read among the requests."""
         assert self._host is not None and aux_hidden_states is not None
         forward = self._target_forward(scheduler_output, sampled_token_ids, aux_hidden_states)
-        drafts = self._host.proposer.propose(forward)
-        self._survival = drafts.survival
-        return drafts.token_ids
+        self._drafts = self._host.proposer.propose(forward)
+        return self._drafts.token_ids
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """vLLM's draft ids, with the survival estimates beside them."""
         taken = super().take_draft_token_ids()
         if taken is None:
             return None
-        return SurvivalDraftTokenIds(taken.req_ids, taken.draft_token_ids, self._survival)
+        survival, late_seconds = self._drafts.survival, self._drafts.late_seconds
+        return SurvivalDraftTokenIds(taken.req_ids, taken.draft_token_ids, survival, late_seconds)
 
     def _target_forward(
         self, output: SchedulerOutput, sampled: list[list[int]], hidden_states: list[torch.Tensor]

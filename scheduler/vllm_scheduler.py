@@ -125,7 +125,8 @@ class SlipstreamScheduler(Scheduler):
         """Choose among the drafts and trim them; vLLM checks them against grammars and attaches them to requests."""
         policy = self._present_policy
         if policy is not None and isinstance(draft_token_ids, SurvivalDraftTokenIds):
-            self._watch.drafted([len(tokens) for tokens in draft_token_ids.draft_token_ids])
+            lengths = [len(tokens) for tokens in draft_token_ids.draft_token_ids]
+            self._watch.drafted(lengths, draft_token_ids.late_seconds)
             draft_token_ids = self._chosen(policy, draft_token_ids)
         super().update_draft_token_ids(draft_token_ids)
 
@@ -246,6 +247,8 @@ class SlipstreamScheduler(Scheduler):
         self._ledger.verified(request_id, drafts, accepted, ended)
         if not ended:
             policy.verified(request_id, drafts, accepted)
+            if self._repetition is not None:
+                self._repetition.verified(request_id, accepted)
             self._ledger.drafter_works(self._guard.health.is_healthy)
 
     def _keep_costs(self) -> None:

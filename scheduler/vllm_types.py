@@ -15,9 +15,13 @@ _STATS_KEY = "slipstream"
 
 @dataclass
 class SurvivalDraftTokenIds(DraftTokenIds):
-    """Draft tokens with, per token, the estimated probability that it and all before it are accepted."""
+    """Draft tokens with, per token, the estimated probability that it and all before it are accepted.
+
+    ``late_seconds`` of the step went into what earlier ones had put off.
+    """
 
     survival: list[list[float]] = field(default_factory=list)
+    late_seconds: float = 0.0
 
 
 @dataclass

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,7 @@ def test_texts_grow_and_are_forgotten() -> None:
     for length in (3, 200, 201, 256, 257, 600, 700):
         found = source.drafts([GrowingText("a", text[:length], 5)])
         assert found == drafts_of(text[:length])
+        source.verified("a", 1)
     source.finished("a")
     source.finished("never seen")
     assert source.drafts([GrowingText("a", [4, 4, 4], 5)]) == drafts_of([4, 4, 4])
@@ -69,6 +71,25 @@ def test_texts_grow_and_are_forgotten() -> None:
 
 def drafts_of(text: list[int]) -> dict[str, object]:
     return dict(RepetitionDrafts(lambda: naive, clock=Clock(), share=1.0).drafts([GrowingText("a", text, 5)]))
+
+
+def test_a_request_that_does_not_gain_is_searched_ever_less() -> None:
+    source = RepetitionDrafts(lambda: naive, clock=Clock(), share=1.0)
+    text = [1, 2, 3] * 30
+
+    def searched(accepted: Callable[[int], int]) -> list[int]:
+        lengths = []
+        for length in range(10, 60):
+            if source.drafts([GrowingText("a", text[:length], 5)]):
+                lengths.append(length)
+            source.verified("a", accepted(length))
+        source.finished("a")
+        return lengths
+
+    assert searched(lambda length: 0) == [10, 12, 16, 24, 32, 40, 48, 56]
+    assert searched(lambda length: int(length >= 24)) == [10, 12, 16, *range(24, 60)]
+    # What is accepted of somebody else's draft is no gain.
+    assert searched(lambda length: int(length % 2)) == [10, 12, 16, 24, 32, 40, 48, 56]
 
 
 def test_without_a_matcher_nothing_is_proposed() -> None:
@@ -109,6 +130,7 @@ def test_requests_that_repeat_themselves_come_first() -> None:
         clock.now += 1
         clock.per_look = 0.0
         source.drafts(texts)
+        source.verified("again", 1)
     clock.per_look = 0.01
     clock.now += 0.5
     assert list(source.drafts(texts)) == ["again"]

@@ -30,6 +30,16 @@ def test_a_step_without_drafts_has_none() -> None:
     assert watch.take() == (StepLoad(1, 1, 9, 0, 0), 0.5)
 
 
+def test_what_earlier_steps_had_put_off_is_not_this_ones_work() -> None:
+    clock = Clock()
+    watch = StepWatch(clock)
+    watch.start(1, 1, 9)
+    clock.now = 0.5
+    watch.stop()
+    watch.drafted([4], late_seconds=0.125)
+    assert watch.take() == (StepLoad(1, 1, 9, 1, 4), 0.375)
+
+
 def test_what_never_ended_or_never_began_is_not_told() -> None:
     watch = StepWatch(Clock())
     watch.stop()
