@@ -15,8 +15,9 @@ _Integers = npt.NDArray[np.int64]
 
 # A repetition whose verified tokens are this likely to be accepted all is expected to go on in the step behind.
 _GOES_ON = 0.5
-# Of steps that are alike only some are learned from, once the cost model is no longer young: learning takes time too.
-_LEARN_INTERVAL, _YOUNG = 4, 100
+# Of steps that are alike only some are learned from, once the cost model is no longer young, and of all steps once it
+# is old: learning takes time too.
+_LEARN_INTERVAL, _YOUNG, _OLD = 4, 100, 2000
 _PREDICTION_STEPS = 8  # for which a predicted step time holds, as long as steps are alike: their context grows slowly
 
 
@@ -110,7 +111,7 @@ class AdaptivePolicy:
     def step_took(self, load: StepLoad, seconds: float) -> None:
         """See ``DraftPolicy``."""
         kind = load.tokens, load.drafted_requests
-        self._alike = self._alike + 1 if kind == self._kind else 0
+        self._alike = self._alike + 1 if kind == self._kind or self.cost.observations >= _OLD else 0
         self._kind = kind
         if self._alike % _LEARN_INTERVAL == 0 or self.cost.observations < _YOUNG:
             self.cost.observe(load, seconds)

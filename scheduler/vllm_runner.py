@@ -1,5 +1,6 @@
 """vLLM's model runner, extended to hand every target forward pass to a proposer."""
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -19,6 +20,21 @@ from scheduler.vllm_sampler import PositionKeyedSampler, StepKeys, use_position_
 from scheduler.vllm_types import DraftingSchedulerOutput, SurvivalDraftTokenIds
 
 
+@dataclass(frozen=True, slots=True)
+class KnownRequest:
+    """What of a request stays the same in all of its steps; the fields are ``TargetForward``'s, for one request."""
+
+    seed: int
+    end_tokens: frozenset[int]
+    private: bool
+    sampling: RandomSampling | None
+
+    @classmethod
+    def of(cls, params: SamplingParams | None, seed: int, private: bool) -> "KnownRequest":
+        """Of a request with these sampling parameters."""
+        return cls(seed, end_tokens(params), private, random_sampling(params, seed))
+
+
 class SlipstreamModelRunner(BaseModelRunner):
     """Runs the target, samples with position-keyed noise, and lets the proposer see every forward pass."""
 
@@ -29,9 +45,7 @@ class SlipstreamModelRunner(BaseModelRunner):
         use_position_keyed_sampling(self)
         self._host: ProposerHost | None = cast(ProposerHost | None, getattr(self, "drafter", None))
         self.use_aux_hidden_state_outputs = self._host is not None
-        self._seeds: dict[str, int] = {}
-        self._end_tokens: dict[str, frozenset[int]] = {}
-        self._private: set[str] = set()
+        self._known: dict[str, KnownRequest] = {}
         self._finished: list[str] = []
         self._drafts = Drafts()
         self._group = 0
@@ -56,17 +70,15 @@ class SlipstreamModelRunner(BaseModelRunner):
         self._finished.extend(scheduler_output.finished_req_ids)
         if scheduler_output.kv_cache_block_copies and self._host is not None:
             self._host.proposer.settle()
-        if isinstance(scheduler_output, DraftingSchedulerOutput):
-            self._private |= scheduler_output.private_requests
+        drafting = isinstance(scheduler_output, DraftingSchedulerOutput)
+        private = scheduler_output.private_requests if drafting else frozenset()
         for request_id in scheduler_output.finished_req_ids:
-            self._seeds.pop(request_id, None)
-            self._end_tokens.pop(request_id, None)
-            self._private.discard(request_id)
+            self._known.pop(request_id, None)
         corrections = super()._update_states(scheduler_output)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
-            self._end_tokens[request.req_id] = end_tokens(params)
-            self._seeds[request.req_id] = request_seed(params and params.seed, self.model_config.seed, request.req_id)
+            seed = request_seed(params and params.seed, self.model_config.seed, request.req_id)
+            self._known[request.req_id] = KnownRequest.of(params, seed, request.req_id in private)
             # The noise needs no generator, and vLLM's CPU backend dies rewinding one.
             self.requests[request.req_id].generator = None
         self.input_batch.generators.clear()
@@ -79,7 +91,7 @@ class SlipstreamModelRunner(BaseModelRunner):
         if not batch.sampling_metadata.all_greedy:
             num_reqs = batch.num_reqs
             self.sampler.keys = StepKeys(
-                torch.tensor([self._seeds[r] for r in batch.req_ids[:num_reqs]], device=self.device),
+                torch.tensor([self._known[r].seed for r in batch.req_ids[:num_reqs]], device=self.device),
                 torch.from_numpy(batch.num_tokens_no_spec[:num_reqs].astype(np.int64)).to(self.device),
                 list(spec_decode_metadata.num_draft_tokens) if spec_decode_metadata else [0] * num_reqs,
             )
@@ -120,6 +132,7 @@ class SlipstreamModelRunner(BaseModelRunner):
         batch = self.input_batch
         num_reqs = batch.num_reqs
         request_ids = list(batch.req_ids[:num_reqs])
+        known = [self._known[r] for r in request_ids]
         lengths = np.array([output.num_scheduled_tokens[r] for r in request_ids])
         drafted = np.array([len(output.scheduled_spec_decode_tokens.get(r, ())) for r in request_ids])
         accepted = np.array([max(len(tokens) - 1, 0) for tokens in sampled])
@@ -139,11 +152,11 @@ class SlipstreamModelRunner(BaseModelRunner):
             context_lens=torch.from_numpy(context_lens.astype(np.int64)).to(self.device),
             sampled=sampled,
             draft_limits=self._draft_limits(request_ids, context_lens, output),
-            end_tokens=[self._end_tokens[r] for r in request_ids],
-            private=[r in self._private for r in request_ids],
+            end_tokens=[each.end_tokens for each in known],
+            private=[each.private for each in known],
             finished=finished,
-            prompt_lens=[int(n) for n in batch.num_prompt_tokens[:num_reqs]],
-            sampling=[random_sampling(self.requests[r].sampling_params, self._seeds[r]) for r in request_ids],
+            prompt_lens=batch.num_prompt_tokens[:num_reqs].tolist(),
+            sampling=[each.sampling for each in known],
         )
 
     def _draft_limits(self, request_ids: list[str], context_lens: np.ndarray, output: SchedulerOutput) -> list[int]:
@@ -157,7 +170,7 @@ class SlipstreamModelRunner(BaseModelRunner):
             if params is not None:
                 if params.max_tokens is not None:
                     room = min(room, params.max_tokens - len(state.output_token_ids) - 1)
-                if state.output_token_ids and state.output_token_ids[-1] in self._end_tokens[request_id]:
+                if state.output_token_ids and state.output_token_ids[-1] in self._known[request_id].end_tokens:
                     room = 0
             limits.append(max(min(room, planned.get(request_id, room)), 0))
         return limits

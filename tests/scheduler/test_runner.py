@@ -18,7 +18,7 @@ with warnings.catch_warnings():
     from vllm import SamplingParams
 
     from scheduler.vllm_platform import BaseModelRunner
-    from scheduler.vllm_runner import SlipstreamModelRunner, random_sampling
+    from scheduler.vllm_runner import KnownRequest, SlipstreamModelRunner, random_sampling
     from scheduler.vllm_sampler import StepKeys
 
 SAMPLED, GREEDY = SamplingParams(temperature=0.7, seed=3), SamplingParams(temperature=0.0)
@@ -65,9 +65,10 @@ class Runner:
             input_ids=SimpleNamespace(gpu=torch.zeros(999)),
             positions=torch.zeros(999),
             _group=0,
-            _seeds={name: 100 + i for i, name in enumerate(self.names)},
-            _end_tokens=dict.fromkeys(self.names, frozenset()),
-            _private=set(),
+            _known={
+                name: KnownRequest.of(each, 100 + i, private=False)
+                for i, (name, each) in enumerate(zip(self.names, params, strict=True))
+            },
             _finished=[],
         )
 
