@@ -17,7 +17,7 @@ from drafter.types import DraftPath, PathSearcher, TargetForward
 
 # A draw may fall on an unlikely token: more of them are considered than where the most likely one is wanted. Twice as
 # many were no better at temperatures up to 1, and nor was more than one path.
-_DRAWN = BeamOptions(width=1, mass=0.99, max_candidates=32)
+DRAWN = BeamOptions(width=1, mass=0.99, max_candidates=32)
 
 
 class DraftSearch(Protocol):
@@ -65,7 +65,7 @@ class _Blind(_Search):
     def __init__(self, searcher: PathSearcher, head: DraftHead, coupled: bool):
         super().__init__(coupled)
         self._searcher = searcher
-        self._beam = BeamSearch(head, options=_DRAWN)
+        self._beam = BeamSearch(head, options=DRAWN)
 
     def take(self, *forwards: TargetForward) -> None:
         del forwards
@@ -86,7 +86,7 @@ class _Beam(_Search):
         ngrams = HashedNgrams(vocab_size)
         self._stream = TextStream(ngrams)
         self._likely_beam = BeamSearch(head, ngrams, BeamOptions(width))
-        self._drawn_beam = BeamSearch(head, ngrams, _DRAWN)
+        self._drawn_beam = BeamSearch(head, ngrams, DRAWN)
 
     def take(self, *forwards: TargetForward) -> None:
         self._stream.take(*forwards)

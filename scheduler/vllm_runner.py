@@ -6,6 +6,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from vllm import SamplingParams
+from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.sampling_params import SamplingType
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
@@ -14,6 +15,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from drafter.noise import request_seed
 from drafter.types import Drafts, PagedCacheSpec, RandomSampling, TargetForward
+from scheduler.vllm_hidden_states import tap_hidden_states
 from scheduler.vllm_platform import BaseModelRunner
 from scheduler.vllm_proposer import ProposerHost
 from scheduler.vllm_sampler import PositionKeyedSampler, StepKeys, use_position_keyed_sampling
@@ -52,6 +54,12 @@ class SlipstreamModelRunner(BaseModelRunner):
 
     def _get_eagle3_aux_layers_from_config(self) -> tuple[int, ...] | None:
         return self._host.proposer.hidden_state_layers if self._host else None
+
+    def _setup_eagle3_aux_hidden_state_outputs(self) -> None:
+        if self._host is None or supports_eagle3(self.get_model()):
+            super()._setup_eagle3_aux_hidden_state_outputs()
+        else:
+            tap_hidden_states(self.get_model(), self._host.proposer.hidden_state_layers)
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         """Allocate the target's cache, then the proposer's over the same pages."""

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -37,8 +38,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         SlipstreamError: the prompts, the target or the run folder cannot be used.
     """
-    if not 0 <= args.observed_share <= 1:
-        raise InputError(f"--observed-share = {args.observed_share:g} is not a share of 0 to 1")
+    for flag, share in (("--observed-share", args.observed_share), ("--follow-ups", args.follow_ups)):
+        if not 0 <= share <= 1:
+            raise InputError(f"{flag} = {share:g} is not a share of 0 to 1")
     settings = settings_of(args)
     with ProgressBar("model") as progress:
         model = resolve_model(settings.model.source, settings.model.cache_dir, progress)
@@ -59,6 +61,7 @@ async def _collect(args: argparse.Namespace, settings: Settings, model: Path) ->
     prompts = _known_prompts(args)
     options = CollectOptions(
         folder=args.run / "corpus",
+        follow_ups=args.follow_ups,
         max_answer_tokens=args.max_answer,
         target_tokens=args.answer_tokens,
         concurrency=args.concurrency + args.concurrency // 4,
@@ -93,8 +96,9 @@ async def _collect(args: argparse.Namespace, settings: Settings, model: Path) ->
         if prompts is None:
             with ProgressBar("prompts") as bar:
                 tell = _counting(bar, 0, args.own_prompts, "prompts")
-                prompts = await write_own_prompts(recording, args.own_prompts, args.seed, args.concurrency, tell)
-            write_prompts(_own_prompts_file(args), prompts)
+                own = await write_own_prompts(recording, args.own_prompts, args.seed, args.concurrency, tell)
+            write_prompts(_own_prompts_file(args), own)
+            prompts = [*_prompts_of_file(args), *own]
         with ProgressBar("corpus") as bar:
             tell = _counting(bar, recorded, args.answer_tokens, "tokens")
             left = CollectOptions(**{**asdict(options), "target_tokens": args.answer_tokens - recorded})
@@ -107,6 +111,7 @@ def _train(args: argparse.Namespace, settings: Settings, model: Path) -> None:
     from drafter.align.card import write_card
     from drafter.align.corpus import Corpus
     from drafter.align.initial import read_target
+    from drafter.align.objectives import Objective
     from drafter.align.plot import plot_history
     from drafter.align.provenance import Provenance, commit, prompt_file, versions, without_folders
     from drafter.align.train import StepReport, Trainer, TrainOptions, read_history
@@ -117,6 +122,7 @@ def _train(args: argparse.Namespace, settings: Settings, model: Path) -> None:
     options = TrainOptions(
         steps=args.steps,
         learning_rate=args.learning_rate,
+        objective=Objective(args.objective),
         observed_share=args.observed_share,
         copied_layers=copied,
         initial=args.initial,
@@ -127,7 +133,9 @@ def _train(args: argparse.Namespace, settings: Settings, model: Path) -> None:
     with ProgressBar("training") as bar:
 
         def watch(step: StepReport) -> None:
-            measured = "" if step.report is None else f", {step.report.emitted_per_step():.2f} emitted per verify step"
+            measured = (
+                "" if step.report is None else f", {step.report.greedy.emitted_per_step():.2f} emitted per verify step"
+            )
             bar(step.step / step.steps, f"step {step.step}, loss {step.loss:.3f}{measured}")
             if step.report is not None:
                 plot_history(read_history(args.run / "history.jsonl"), args.run / "training.png")
@@ -182,18 +190,23 @@ def _drafter_to_train(
 
 
 def _known_prompts(args: argparse.Namespace) -> list[Prompt] | None:
-    """The prompts to answer, or ``None`` when the target has yet to write them."""
-    if args.prompts is not None:
-        try:
-            return read_prompts(args.prompts)
-        except OSError as error:
-            raise InputError(f"prompts cannot be read: {error}") from error
-    own = _own_prompts_file(args)
-    if own.exists():
-        return read_prompts(own)
-    if args.own_prompts is None:
+    """The prompts to answer, or ``None`` when the target has yet to write some."""
+    if args.prompts is None and args.own_prompts is None and not _own_prompts_file(args).exists():
         raise InputError("prompts are needed: --prompts FILE, or --own-prompts N to let the target write them")
-    return None
+    given = _prompts_of_file(args)
+    if args.own_prompts is None and args.prompts is not None:
+        return given
+    own = _own_prompts_file(args)
+    return [*given, *read_prompts(own)] if own.exists() else None
+
+
+def _prompts_of_file(args: argparse.Namespace) -> list[Prompt]:
+    if args.prompts is None:
+        return []
+    try:
+        return read_prompts(args.prompts)
+    except OSError as error:
+        raise InputError(f"prompts cannot be read: {error}") from error
 
 
 def _own_prompts_file(args: argparse.Namespace) -> Path:
@@ -235,10 +248,12 @@ def _recorded_tokens(folder: Path) -> int:
 
 def _counting(bar: ProgressBar, done: int, total: int, unit: str) -> Callable[[int], None]:
     """A callback that moves ``bar`` by what it is given."""
+    started, before = time.monotonic(), done
 
     def tell(count: int) -> None:
         nonlocal done
         done += count
-        bar(min(done / total, 1.0), f"{done:,} of {total:,} {unit}")
+        rate = (done - before) / max(time.monotonic() - started, 1e-6)
+        bar(min(done / total, 1.0), f"{done:,} of {total:,} {unit}, {rate:.0f} a second")
 
     return tell

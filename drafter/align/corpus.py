@@ -13,6 +13,7 @@ the target, so its hidden state does not exist: that row is zero and nothing may
 
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,18 +23,26 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 _FLOAT16_MAX = 65504.0
+_HELD_OUT_EVERY = 40
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerId:
-    """Names one answer: what it is about, which prompt it answers, how it was sampled."""
+    """Names one answer: what it is about, which prompt, how it was sampled, and which of its conversation it is."""
 
     category: str
     prompt_index: int
     temperature: float
+    turn: int = 0
 
     def __str__(self) -> str:
-        return f"{self.category}/{self.prompt_index}/{self.temperature:g}"
+        turn = f"/{self.turn}" if self.turn else ""
+        return f"{self.category}/{self.prompt_index}/{self.temperature:g}{turn}"
+
+    @property
+    def seed(self) -> int:
+        """Of the noise that the answer is sampled with: so it can be drafted anew as it was then."""
+        return zlib.crc32(str(self).encode())
 
     @classmethod
     def parse(cls, text: str) -> "AnswerId":
@@ -42,17 +51,23 @@ class AnswerId:
         Raises:
             ValueError: ``text`` is no answer id.
         """
-        category, index, temperature = text.rsplit("/", 2)
-        return cls(category, int(index), float(temperature.split("-")[0]))
+        *parts, last = text.split("/")
+        category, index, temperature, *turn = *parts, last.split("-")[0]
+        return cls(category, int(index), float(temperature), *map(int, turn))
 
     @staticmethod
     def is_one(text: str) -> bool:
         """Whether ``text`` reads as an answer id."""
         try:
             AnswerId.parse(text)
-        except ValueError:
+        except (ValueError, TypeError):
             return False
         return True
+
+
+def is_held_out(prompt_index: int) -> bool:
+    """Whether answers to this prompt are kept from training to measure on."""
+    return prompt_index % _HELD_OUT_EVERY == 0
 
 
 @dataclass(frozen=True, slots=True)

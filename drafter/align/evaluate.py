@@ -9,14 +9,17 @@ import torch
 from drafter.align.batches import anchor_range, make_batch, run_blocks
 from drafter.align.corpus import Answer
 from drafter.checkpoint import Drafter
+from drafter.coupled import Draws
 from drafter.denoise import BlockStarts, denoise
 from drafter.head import DraftHead
 from drafter.layers import BlockContext
 from drafter.model import BlockDrafter
 from drafter.options import ProposalOptions
+from drafter.path import BeamSearch
+from drafter.search import DRAWN
 from drafter.serving import ServingDrafter
 from drafter.thresholds import FixedThreshold, Thresholds
-from drafter.types import PagedCacheSpec, TargetModel
+from drafter.types import PagedCacheSpec, RandomSampling, TargetModel
 
 _PAGE_SIZE = 16
 
@@ -49,18 +52,24 @@ class AcceptanceReport:
 def evaluate(
     model: BlockDrafter, head: DraftHead, embedding: torch.Tensor, answers: Sequence[Answer]
 ) -> AcceptanceReport:
-    """Draft behind every answer token and walk each answer as greedy verification would.
+    """Draft behind every answer token and walk each answer as verification would.
 
-    The answers must be the target's greedy ones: then the token that the target emits behind a draft is known
-    without running it.
+    The token that the target emits behind a draft is known without running it: of a greedy answer it is the next one,
+    and of a sampled one too, provided that it was drawn with the noise of its id's seed. Sampled answers are drafted
+    with that noise, as in the server, but for its n-gram model.
     """
     report = AcceptanceReport(accepted_by_slot=[0] * model.config.num_draft_tokens)
+    drawn = None if all(answer.id.temperature == 0 for answer in answers) else BeamSearch(head, options=DRAWN)
     for answer in answers:
         anchors = torch.tensor(list(anchor_range(answer)))
         if not len(anchors):
             continue
         batch = make_batch([answer], [anchors], model.config)
-        path = head.walk(head.logits(run_blocks(model, batch, embedding)), batch.anchor_tokens)
+        logits = head.logits(run_blocks(model, batch, embedding))
+        if answer.id.temperature == 0 or drawn is None:
+            path = head.walk(logits, batch.anchor_tokens)
+        else:
+            path = drawn(logits, batch.anchor_tokens, None, draws=_draws(answer, anchors))
         accepted = (path.tokens == batch.labels).int().cumprod(dim=1).sum(dim=1)
         _walk(answer.id.category, accepted.tolist(), [1] * len(anchors), report)
     return report
@@ -106,6 +115,11 @@ def evaluate_serving(
         accepted = (result.path.tokens == batch.labels[:, :wanted]).int().cumprod(dim=1).sum(dim=1)
         _walk(answer.id.category, accepted.tolist(), result.passes.tolist(), report)
     return report
+
+
+def _draws(answer: Answer, anchors: torch.Tensor) -> Draws:
+    sampling = [RandomSampling(answer.id.seed, answer.id.temperature)] * len(anchors)
+    return Draws.of(sampling, (anchors + 1).tolist())
 
 
 def _walk(category: str, accepted: list[int], passes: list[int], report: AcceptanceReport) -> None:

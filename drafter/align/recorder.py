@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from drafter.align.corpus import Answer, AnswerId, ShardWriter
+from drafter.align.loops import loop_start
 from drafter.types import Drafts, PagedCacheSpec, TargetForward, TargetModel
 
 
@@ -34,7 +35,7 @@ class FeatureRecorder:
         self._layers = layers
         self._writer = ShardWriter(folder)
         self._open: dict[str, _OpenAnswer] = {}
-        self._answers = 0
+        self._answers = self._loops = 0
 
     @property
     def hidden_state_layers(self) -> tuple[int, ...]:
@@ -80,23 +81,33 @@ class FeatureRecorder:
         return Drafts.none(len(forward.request_ids))
 
     def command(self, name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-        """``flush`` closes every request and writes the last shard; answers with the number of answers written."""
+        """``flush`` closes every request and writes the last shard.
+
+        It answers with the number of answers written, and how many of them lost a loop at their end.
+        """
         if name != "flush":
             raise ValueError(f"unknown command {name!r}: the recorder knows 'flush'")
         self._close(tuple(self._open))
         self._writer.flush()
-        return {"answers": self._answers}
+        return {"answers": self._answers, "loops": self._loops}
 
     def _close(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             answer = self._open.pop(request_id, None)
             if answer is None or not answer.last_sampled:
                 continue
-            token_ids = torch.tensor(answer.token_ids + answer.last_sampled)
-            hidden = {}
-            for i, layer in enumerate(self._layers):
-                rows = torch.cat([step[i] for step in answer.rows])
-                missing = rows.new_zeros(len(token_ids) - len(rows), rows.shape[1])
-                hidden[layer] = torch.cat([rows, missing])
-            self._writer.add(Answer(AnswerId.parse(request_id), answer.prompt_len, token_ids, hidden))
+            self._writer.add(self._closed(AnswerId.parse(request_id), answer))
             self._answers += 1
+
+    def _closed(self, answer_id: AnswerId, answer: _OpenAnswer) -> Answer:
+        """A finished answer, without the loop that it may end in."""
+        token_ids = answer.token_ids + answer.last_sampled
+        start = loop_start(token_ids[answer.prompt_len :])
+        if start is not None:
+            token_ids = token_ids[: answer.prompt_len + start]
+            self._loops += 1
+        hidden = {}
+        for i, layer in enumerate(self._layers):
+            rows = torch.cat([step[i] for step in answer.rows])[: len(token_ids) - 1]
+            hidden[layer] = torch.cat([rows, rows.new_zeros(len(token_ids) - len(rows), rows.shape[1])])
+        return Answer(answer_id, answer.prompt_len, torch.tensor(token_ids), hidden)

@@ -13,16 +13,14 @@ import torch
 import torch.nn.functional as F
 
 from drafter.align.batches import BlockBatch, anchor_range, draw_observed, make_batch, run_blocks
-from drafter.align.corpus import Answer, Corpus
+from drafter.align.corpus import Answer, Corpus, is_held_out
 from drafter.align.evaluate import AcceptanceReport, evaluate
 from drafter.align.initial import TargetWeights, initial_drafter
-from drafter.align.objectives import distillation, falling_weights, label_cross_entropy
+from drafter.align.objectives import DraftSlots, Objective, loss_of
 from drafter.align.provenance import checkpoint_file
 from drafter.checkpoint import Drafter, load_drafter, save_drafter
 from drafter.config import DrafterConfig
 from drafter.head import DraftHead
-
-_HELD_OUT_EVERY = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +34,7 @@ class TrainOptions:
         learning_rate: peak, for tensors copied from the target.
         new_tensor_factor: multiplies it for tensors that start from nothing.
         warmup: share of the steps that the rate rises.
+        objective: what is minimised.
         slot_decay: slot ``k`` weighs ``exp(-k / slot_decay)``.
         distillation_share: weight of the target's distribution against the target's most likely token.
         observed_share: share of the blocks in which some draft tokens are given, as refinement passes find them.
@@ -54,6 +53,7 @@ class TrainOptions:
     learning_rate: float = 8e-4
     new_tensor_factor: float = 2.0
     warmup: float = 0.04
+    objective: Objective = Objective.FALLING
     slot_decay: float = 3.0
     distillation_share: float = 0.5
     observed_share: float = 0.0
@@ -68,7 +68,20 @@ class TrainOptions:
     def to_json(self) -> dict[str, Any]:
         """Plain values; the checkpoint to start from is named by its content, wherever it lies."""
         initial = None if self.initial is None else asdict(checkpoint_file(self.initial))
-        return {**asdict(self), "initial": initial}
+        return {**asdict(self), "initial": initial, "objective": self.objective.value}
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """How drafts of held-out answers fare, greedy ones and, if the corpus holds any, ones sampled at temperature 1."""
+
+    greedy: AcceptanceReport
+    sampled: AcceptanceReport | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Emitted tokens per verify step by category."""
+        sampled = {} if self.sampled is None else {"sampled_emitted_per_verify_step": self.sampled.summary()}
+        return {"emitted_per_verify_step": self.greedy.summary(), **sampled}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +92,7 @@ class StepReport:
     steps: int
     loss: float
     seconds: float
-    report: AcceptanceReport | None
-
-
-def is_held_out(prompt_index: int) -> bool:
-    """Whether answers to this prompt are kept from training to measure on."""
-    return prompt_index % _HELD_OUT_EVERY == 0
+    report: Evaluation | None
 
 
 class Trainer:
@@ -123,9 +131,7 @@ class Trainer:
         self._label_index[: len(target.embedding)] = _inverse(token_ids, len(target.embedding))
         self._final_layer = max(corpus.layers)
         self._optimizer = self._make_optimizer()
-        self._held_out = [
-            i for i, answer in enumerate(corpus.ids) if is_held_out(answer.prompt_index) and answer.temperature == 0
-        ][: options.held_out_answers]
+        self._held_out = {temperature: self._kept(temperature) for temperature in (0.0, 1.0)}
         self._training = [
             i
             for i, answer in enumerate(corpus.ids)
@@ -158,13 +164,21 @@ class Trainer:
             watch(StepReport(self.step, self._options.steps, loss, self._seconds, report))
         save_drafter(self.drafter, self._folder / "checkpoint")
 
-    def evaluate(self) -> AcceptanceReport:
-        """Emitted tokens per verify step on the held-out greedy answers."""
+    def evaluate(self) -> Evaluation:
+        """Emitted tokens per verify step on the held-out answers."""
         self._model.eval()
-        answers = (self._corpus.read(i) for i in self._held_out)
-        report = evaluate(self._model, self._head, self._target.embedding, list(answers))
+        reports = [
+            evaluate(self._model, self._head, self._target.embedding, [self._corpus.read(i) for i in held_out])
+            for held_out in self._held_out.values()
+        ]
         self._model.train()
-        return report
+        return Evaluation(reports[0], reports[1] if self._held_out[1.0] else None)
+
+    def _kept(self, temperature: float) -> list[int]:
+        """Held-out answers to measure on."""
+        ids = enumerate(self._corpus.ids)
+        kept = [i for i, answer in ids if is_held_out(answer.prompt_index) and answer.temperature == temperature]
+        return kept[: self._options.held_out_answers]
 
     def _train_step(self, indices: list[int]) -> float:
         options = self._options
@@ -198,10 +212,8 @@ class Trainer:
         most_likely = torch.where(counted, teacher.argmax(dim=-1), -1)
         # Where the text itself goes on with a token outside the draft vocabulary, no draft can be accepted.
         most_likely[self._label_index[batch.labels] < 0] = -1
-        weights = falling_weights(batch.labels.shape[1], options.slot_decay)
-        hard = label_cross_entropy(logits, most_likely, weights)
-        soft = distillation(logits, teacher, counted, weights)
-        return (1 - options.distillation_share) * hard + options.distillation_share * soft
+        slots = DraftSlots(logits, teacher, most_likely, counted)
+        return loss_of(options.objective, slots, options.slot_decay, options.distillation_share)
 
     def _schedule(self) -> float:
         warmup = max(1, int(self._options.warmup * self._options.steps))
@@ -224,10 +236,10 @@ class Trainer:
         groups = [{"params": copied, "factor": 1.0}, {"params": new, "factor": self._options.new_tensor_factor}]
         return torch.optim.AdamW(groups, lr=self._options.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
 
-    def _log(self, loss: float, report: AcceptanceReport) -> None:
+    def _log(self, loss: float, report: Evaluation) -> None:
         entry = {"step": self.step, "seconds": round(self._seconds, 1), "loss": round(loss, 4)}
         with (self._folder / "history.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**entry, "emitted_per_verify_step": report.summary()}) + "\n")
+            file.write(json.dumps({**entry, **report.to_json()}) + "\n")
 
     def _save(self) -> None:
         state = {

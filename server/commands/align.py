@@ -10,12 +10,22 @@ HOSTS_ENGINE = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
-    parser.usage = "slipstream align --run FOLDER (--prompts FILE | --own-prompts N) [--steps N] ..."
+    parser.usage = "slipstream align --run FOLDER [--prompts FILE] [--own-prompts N] [--steps N] ..."
     parser.add_argument("--run", required=True, type=Path, help="folder of the run; started again, it goes on there")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompts", type=Path, help='one JSON object a line: {"category": …, "prompt": …}')
-    source.add_argument("--own-prompts", type=int, metavar="N", help="let the target write N prompts itself; no data")
     corpus = parser.add_argument_group("corpus")
+    corpus.add_argument(
+        "--prompts", type=Path, metavar="FILE", help='one JSON object a line: {"category": …, "prompt": …, "system": …}'
+    )
+    corpus.add_argument(
+        "--own-prompts", type=int, metavar="N", help="let the target write N prompts itself, beside those of the file"
+    )
+    corpus.add_argument(
+        "--follow-ups",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="share of conversations that the target goes on with by itself, 0 to 1 (%(default)s)",
+    )
     corpus.add_argument("--answer-tokens", type=int, default=300_000, help="answer tokens to collect (%(default)s)")
     corpus.add_argument("--max-answer", type=int, default=192, help="longest answer, tokens (%(default)s)")
     corpus.add_argument("--concurrency", type=int, default=64, help="answers written at the same time (%(default)s)")
@@ -40,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=int, default=5000, help="optimiser steps (%(default)s)")
     training.add_argument("--learning-rate", type=float, default=8e-4, help="peak (%(default)s)")
+    training.add_argument(
+        "--objective",
+        choices=("falling", "expected", "streak", "overlap"),
+        default="falling",
+        help="what is minimised, see docs/align.md (%(default)s)",
+    )
     training.add_argument(
         "--observed-share",
         type=float,

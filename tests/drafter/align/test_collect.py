@@ -1,14 +1,15 @@
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from drafter.align.collect import CollectOptions, collect, plan_answers, write_own_prompts
+from drafter.align.collect import CollectOptions, Written, collect, plan_answers, write_own_prompts
 from drafter.align.corpus import Answer, AnswerId, ShardWriter, recorded_ids
-from drafter.align.prompts import Prompt
+from drafter.align.prompts import OWN_SUBJECTS, Prompt, Turn
 
 PROMPTS = [Prompt("chat" if i % 3 else "math", f"prompt {i}") for i in range(12)]
 
@@ -17,14 +18,16 @@ class FakeEngine:
     """Answers ten tokens to everything, recording into ``folder`` as the real one does when it is flushed."""
 
     def __init__(self, folder: Path, fail: Callable[[str], bool] = lambda request_id: False):
-        self.asked: list[tuple[str, str, float, int]] = []
+        self.asked: list[tuple[str, tuple[Turn, ...], float, int, int]] = []
         self.running = self.most_running = self.flushes = 0
         self.running_at_flush: list[int] = []
-        self.turns: list[tuple[str, float, int, int]] = []
+        self.turns: list[tuple[str, tuple[Turn, ...], float, int, int]] = []
         self._writer, self._fail = ShardWriter(folder), fail
 
-    async def answer(self, request_id: str, prompt: str, temperature: float, max_tokens: int) -> int:
-        self.asked.append((request_id, prompt, temperature, max_tokens))
+    async def answer(
+        self, request_id: str, turns: Sequence[Turn], temperature: float, max_tokens: int, seed: int
+    ) -> Written:
+        self.asked.append((request_id, tuple(turns), temperature, max_tokens, seed))
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
@@ -37,10 +40,12 @@ class FakeEngine:
         finally:
             self.running -= 1
         self._writer.add(Answer(AnswerId.parse(request_id), 1, torch.arange(11), {1: torch.zeros(11, 2)}))
-        return 10
+        return Written(f"answer of {request_id}", 10)
 
-    async def user_turn(self, request_id: str, temperature: float, max_tokens: int, seed: int) -> str:
-        self.turns.append((request_id, temperature, max_tokens, seed))
+    async def user_turn(
+        self, request_id: str, turns: Sequence[Turn], temperature: float, max_tokens: int, seed: int
+    ) -> str:
+        self.turns.append((request_id, tuple(turns), temperature, max_tokens, seed))
         await asyncio.sleep(0)
         return ["Hi", f"What is {seed} plus {seed // 2}?", "Where do the cats live?", f"Tell me about {seed}"][seed % 4]
 
@@ -52,7 +57,15 @@ class FakeEngine:
 
 
 def options(folder: Path, target_tokens: int = 10**6, concurrency: int = 3) -> CollectOptions:
-    return CollectOptions(folder, target_tokens=target_tokens, concurrency=concurrency, max_answer_tokens=64)
+    return CollectOptions(
+        folder,
+        temperatures=(0.0,),
+        held_out_temperatures=(0.0,),
+        follow_ups=0,
+        target_tokens=target_tokens,
+        concurrency=concurrency,
+        max_answer_tokens=64,
+    )
 
 
 def run(engine: FakeEngine, chosen: CollectOptions) -> tuple[int, list[int]]:
@@ -60,12 +73,21 @@ def run(engine: FakeEngine, chosen: CollectOptions) -> tuple[int, list[int]]:
     return asyncio.run(collect(engine, PROMPTS, chosen, seen.append)), seen
 
 
-def test_the_plan_is_every_prompt_once_at_alternating_temperatures(tmp_path: Path) -> None:
-    plan = plan_answers(PROMPTS, options(tmp_path))
-    assert sorted(answer.prompt_index for answer in plan) == list(range(12))
-    for answer in plan:
-        assert answer.category == PROMPTS[answer.prompt_index].category
-        assert answer.temperature == (0.0, 0.7)[answer.prompt_index % 2]
+def test_the_plan_is_every_prompt_at_every_temperature_and_all_prompts_once_first(tmp_path: Path) -> None:
+    prompts = [Prompt("chat", f"prompt {i}") for i in range(45)]
+    plan = plan_answers(prompts, CollectOptions(tmp_path))
+    assert len({str(answer) for answer in plan}) == len(plan) == 90
+    for half in (plan[:45], plan[45:]):
+        assert sorted(answer.prompt_index for answer in half) == list(range(45))
+    assert {answer.temperature for answer in plan[:45]} == {0.0, 0.7}
+    held_out = {answer for answer in plan if answer.prompt_index in (0, 40)}
+    assert {answer.temperature for answer in held_out} == {0.0, 1.0}
+    assert {answer.temperature for answer in plan if answer not in held_out} == {0.0, 0.7}
+
+
+def test_what_is_asked_twice_is_answered_once(tmp_path: Path) -> None:
+    prompts = [Prompt("a", "Who is it?"), Prompt("b", "Why?"), Prompt("c", "who  is IT?")]
+    assert {answer.prompt_index for answer in plan_answers(prompts, options(tmp_path))} == {0, 1}
 
 
 def test_the_order_is_shuffled_by_the_seed_alone(tmp_path: Path) -> None:
@@ -80,9 +102,9 @@ def test_every_prompt_is_answered(tmp_path: Path) -> None:
     assert run(engine, options(tmp_path)) == (120, [10] * 12)
     assert engine.flushes == 1 and engine.most_running == 3
     assert recorded_ids(tmp_path) == {str(answer) for answer in plan_answers(PROMPTS, options(tmp_path / "empty"))}
-    for request_id, prompt, temperature, max_tokens in engine.asked:
+    for request_id, *asked in engine.asked:
         answer = AnswerId.parse(request_id)
-        assert (prompt, temperature, max_tokens) == (PROMPTS[answer.prompt_index].text, answer.temperature, 64)
+        assert asked == [PROMPTS[answer.prompt_index].turns, answer.temperature, 64, answer.seed]
 
 
 def test_two_runs_ask_in_the_same_order(tmp_path: Path) -> None:
@@ -154,6 +176,20 @@ def test_what_was_finished_is_flushed_when_the_run_is_cancelled(tmp_path: Path) 
     assert recorded_ids(tmp_path) == {request_id for request_id, *_ in engine.asked[:3]}
 
 
+def test_some_conversations_go_on(tmp_path: Path) -> None:
+    engine = FakeEngine(tmp_path)
+    written, seen = run(engine, replace(options(tmp_path, concurrency=1), follow_ups=0.5))
+    assert len(engine.turns) == 6 and written == sum(seen)
+    continued = [asked for asked in engine.asked if AnswerId.parse(asked[0]).turn]
+    assert 3 <= len(continued) < 6  # what was too short to ask anything was left
+    for request_id, turns, *_ in continued:
+        first = replace(AnswerId.parse(request_id), turn=0)
+        begun = (*PROMPTS[first.prompt_index].turns, Turn("assistant", f"answer of {first}"))
+        assert turns[:-1] == begun and turns[-1].role == "user"
+        assert (f"turn-{first}".replace("/", "."), begun, 1.0, 96, first.seed) in engine.turns
+    assert len(recorded_ids(tmp_path)) == 12 + len(continued)
+
+
 def own_prompts(engine: FakeEngine, count: int, seed: int = 0, concurrency: int = 2) -> tuple[list[Prompt], list[int]]:
     seen: list[int] = []
     return asyncio.run(write_own_prompts(engine, count, seed, concurrency, seen.append)), seen
@@ -161,30 +197,25 @@ def own_prompts(engine: FakeEngine, count: int, seed: int = 0, concurrency: int 
 
 def test_the_target_writes_prompts_that_are_usable_and_different(tmp_path: Path) -> None:
     prompts, seen = own_prompts(FakeEngine(tmp_path), 5)
-    assert prompts == [
-        Prompt("self", text)
-        for text in (
-            "What is 1 plus 0?",
-            "Where do the cats live?",
-            "Tell me about 3",
-            "What is 5 plus 2?",
-            "Tell me about 7",
-        )
-    ]
+    texts = ("What is 1 plus 0?", "Where do the cats live?", "Tell me about 3", "What is 5 plus 2?", "Tell me about 7")
+    assert tuple(prompt.text for prompt in prompts) == texts
+    assert [(prompt.category, prompt.system) for prompt in prompts] == [OWN_SUBJECTS[i] for i in (1, 2, 3, 5, 7)]
     assert seen == [1] * 5
 
 
-def test_every_attempt_has_its_own_seed(tmp_path: Path) -> None:
+def test_every_attempt_has_its_own_seed_and_subjects_take_turns(tmp_path: Path) -> None:
     engine = FakeEngine(tmp_path)
-    own_prompts(engine, 2, seed=40, concurrency=1)
-    assert engine.turns == [(f"turn-{i}", 1.0, 96, 40 + i) for i in range(len(engine.turns))]
-    assert len({turn[3] for turn in engine.turns}) == len(engine.turns) == 3
+    own_prompts(engine, 10, seed=40, concurrency=1)
+    assert [turn[0] for turn in engine.turns] == [f"turn-{i}" for i in range(len(engine.turns))]
+    assert [turn[2:] for turn in engine.turns] == [(1.0, 96, 40 + i) for i in range(len(engine.turns))]
+    systems = [turn[1] for turn in engine.turns[: len(OWN_SUBJECTS)]]
+    assert systems == [() if system is None else (Turn("system", system),) for _, system in OWN_SUBJECTS]
 
 
 def test_writing_prompts_gives_up_on_a_rambling_target(tmp_path: Path) -> None:
     class Rambling(FakeEngine):
-        async def user_turn(self, request_id: str, temperature: float, max_tokens: int, seed: int) -> str:
-            await super().user_turn(request_id, temperature, max_tokens, seed)
+        async def user_turn(self, *arguments: Any, **more: Any) -> str:
+            await super().user_turn(*arguments, **more)
             return "yes yes yes yes yes"
 
     engine = Rambling(tmp_path)

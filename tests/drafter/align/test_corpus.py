@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from drafter.align import corpus as corpus_module
-from drafter.align.corpus import Answer, AnswerId, Corpus, ShardWriter, recorded_ids, shard_paths
+from drafter.align.corpus import Answer, AnswerId, Corpus, ShardWriter, is_held_out, recorded_ids, shard_paths
 
 
 def answer(index: int, length: int = 5, prompt_len: int = 2, layers: Sequence[int] = (1, 4)) -> Answer:
@@ -40,9 +40,17 @@ def test_ids_read_as_category_prompt_and_temperature() -> None:
     st.text(st.characters(codec="utf-8", exclude_characters="/"), max_size=8),
     st.integers(0, 10**9),
     st.integers(0, 200).map(lambda hundredths: hundredths / 100),
+    st.integers(0, 3),
 )
-def test_ids_survive_a_round_trip(category: str, index: int, temperature: float) -> None:
-    assert AnswerId.parse(str(AnswerId(category, index, temperature))) == AnswerId(category, index, temperature)
+def test_ids_survive_a_round_trip(category: str, index: int, temperature: float, turn: int) -> None:
+    answer_id = AnswerId(category, index, temperature, turn)
+    assert AnswerId.parse(str(answer_id)) == answer_id
+    assert AnswerId.parse(f"{answer_id}-b81f09cc") == answer_id
+
+
+def test_every_answer_has_its_own_seed() -> None:
+    ids = [AnswerId("chat", i, t, turn) for i in range(200) for t in (0.7, 1.0) for turn in (0, 1)]
+    assert len({answer.seed for answer in ids}) == len(ids)
 
 
 def test_what_the_engine_appends_to_an_id_is_ignored() -> None:
@@ -57,7 +65,9 @@ def test_other_texts_are_no_ids(text: str) -> None:
         AnswerId.parse(text)
 
 
-@pytest.mark.parametrize("text", ["chat/3/0", "chat/3/0.7", "chat/3/0.7-b81f09cc", "a/b/3/1"])
+@pytest.mark.parametrize(
+    "text", ["chat/3/0", "chat/3/0.7", "chat/3/0.7-b81f09cc", "e-mail/3/0.7/1", "e-mail/3/0.7/1-b81f09cc"]
+)
 def test_ids_are_recognised(text: str) -> None:
     assert AnswerId.is_one(text)
 
@@ -165,3 +175,7 @@ def test_a_layer_that_was_not_recorded_is_named_with_those_that_were(tmp_path: P
     write(tmp_path, answer(1, layers=(1, 2)))
     with pytest.raises(ValueError, match=r"shard-00001.safetensors: .* layers \[4\] are not recorded; it has \[1, 2\]"):
         Corpus(tmp_path, (1, 4))
+
+
+def test_one_prompt_in_forty_is_held_out() -> None:
+    assert [index for index in range(121) if is_held_out(index)] == [0, 40, 80, 120]

@@ -25,8 +25,8 @@ def test_the_target_writes_prompts_and_answers_and_a_drafter_learns_from_them(tm
     prompts = [json.loads(line) for line in (run / "own-prompts.jsonl").read_text().splitlines()]
     assert len({prompt["prompt"] for prompt in prompts}) == len(prompts) >= 10
     corpus = Corpus(run / "corpus", (2, 11, 19, 28, 30))
-    assert {answer.temperature for answer in corpus.ids} == {0.0, 0.7}
-    assert all(answer.category == "self" for answer in corpus.ids)
+    assert {answer.temperature for answer in corpus.ids} >= {0.0, 0.7}
+    assert len({answer.category for answer in corpus.ids}) > 3
     for index in range(len(corpus)):
         answer = corpus.read(index)
         assert all(bool(rows[:-1].any(dim=1).all()) for rows in answer.hidden.values())
@@ -65,5 +65,6 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     assert layers.returncode == 2 and "--target-layers = 1,2" in layers.stderr
     nowhere = _align("--run", str(tmp_path / "run"), "--own-prompts", "2", "--from", str(tmp_path / "nowhere"))
     assert nowhere.returncode == 2 and "is not a drafter checkpoint" in nowhere.stderr.splitlines()[-1]
-    share = _align("--run", str(tmp_path / "run"), "--own-prompts", "2", "--observed-share", "1.5")
-    assert share.returncode == 2 and "--observed-share = 1.5" in share.stderr.splitlines()[-1]
+    for flag in ("--observed-share", "--follow-ups"):
+        share = _align("--run", str(tmp_path / "run"), "--own-prompts", "2", flag, "1.5")
+        assert share.returncode == 2 and f"{flag} = 1.5" in share.stderr.splitlines()[-1]

@@ -10,6 +10,7 @@ from drafter.align.evaluate import AcceptanceReport, evaluate, evaluate_serving
 from drafter.checkpoint import Drafter
 from drafter.config import DrafterConfig
 from drafter.head import DraftHead
+from drafter.noise import sample_rows
 from drafter.options import ProposalOptions
 from drafter.proposer import BlockDiffusionProposer
 from drafter.types import DraftPath
@@ -108,6 +109,22 @@ def test_the_drafters_own_drafts_are_walked() -> None:
     report = evaluate(drafter.model, head, TARGET.embedding, [item])
     assert report.steps["chat"] == len(steps) < 9
     assert report.emitted["chat"] == sum(emitted for emitted, _ in steps) == 9
+
+
+def test_sampled_answers_are_drafted_with_their_noise() -> None:
+    drafter, item = random_drafter(CONFIG), replace(answer(40), id=AnswerId("chat", 0, 3.0))
+    head, seed = drafter.head(TARGET), item.id.seed
+    with torch.inference_mode():
+        for position in range(3, 40):  # the target's tokens are what the drafter's own distribution gives
+            anchors = torch.tensor([position - 1])
+            hidden = run_blocks(drafter.model, make_batch([item], [anchors], CONFIG), TARGET.embedding)
+            logits = head.logits(hidden)[:, 0] + head.markov(item.token_ids[anchors])  # type: ignore[misc]
+            all_logits = torch.full((1, VOCAB), -torch.inf)
+            all_logits[:, slice(None) if head.token_ids is None else head.token_ids] = logits / 3
+            item.token_ids[position] = sample_rows(all_logits, torch.tensor([seed]), torch.tensor([position]))
+    sampled = evaluate(drafter.model, head, TARGET.embedding, [item])
+    other = evaluate(drafter.model, head, TARGET.embedding, [replace(item, id=AnswerId("chat", 1, 3.0))])
+    assert sampled.emitted_per_step() > 1.5 * other.emitted_per_step()
 
 
 @pytest.mark.parametrize("length", [2, 3])

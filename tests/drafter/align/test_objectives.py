@@ -2,13 +2,28 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from drafter.align.objectives import distillation, falling_weights, label_cross_entropy
+from drafter.align.objectives import (
+    DraftSlots,
+    Objective,
+    distillation,
+    expected_weights,
+    falling_weights,
+    label_cross_entropy,
+    loss_of,
+    missing_overlap,
+    streak,
+)
 
 LOGITS = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
 TEACHER = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([[0, 4, -1], [2, -1, -1]])
 WEIGHTS = torch.tensor([1.0, 0.5, 0.25])
+
+
+def slots_of(logits: torch.Tensor = LOGITS, labels: torch.Tensor = LABELS) -> DraftSlots:
+    return DraftSlots(logits, TEACHER, labels, labels >= 0)
 
 
 def log_probability(logits: torch.Tensor, index: int) -> float:
@@ -28,7 +43,7 @@ def test_cross_entropy_is_the_weighted_mean_over_labels() -> None:
             if label >= 0:
                 total -= float(WEIGHTS[slot]) * log_probability(LOGITS[block, slot], label)
                 weight += float(WEIGHTS[slot])
-    assert float(label_cross_entropy(LOGITS, LABELS, WEIGHTS)) == pytest.approx(total / weight, rel=1e-5)
+    assert float(label_cross_entropy(slots_of(), WEIGHTS)) == pytest.approx(total / weight, rel=1e-5)
 
 
 def test_distillation_is_the_weighted_mean_cross_entropy_with_the_teacher() -> None:
@@ -41,25 +56,72 @@ def test_distillation_is_the_weighted_mean_cross_entropy_with_the_teacher() -> N
                     share = math.exp(log_probability(TEACHER[block, slot], token))
                     total -= float(WEIGHTS[slot]) * share * log_probability(LOGITS[block, slot], token)
                 weight += float(WEIGHTS[slot])
-    assert float(distillation(LOGITS, TEACHER, counted, WEIGHTS)) == pytest.approx(total / weight, rel=1e-5)
+    assert float(distillation(slots_of(), WEIGHTS)) == pytest.approx(total / weight, rel=1e-5)
 
 
 def test_distillation_is_least_where_the_teacher_is() -> None:
-    logits, counted = TEACHER.clone().requires_grad_(), torch.ones(2, 3, dtype=torch.bool)
-    distillation(logits, TEACHER, counted, WEIGHTS).backward()
+    logits = TEACHER.clone().requires_grad_()
+    distillation(slots_of(logits, LABELS.abs()), WEIGHTS).backward()
     assert logits.grad is not None
     assert float(logits.grad.abs().max()) < 1e-6
 
 
 def test_slots_that_do_not_count_have_no_gradient() -> None:
-    logits = LOGITS.clone().requires_grad_()
-    loss = label_cross_entropy(logits, LABELS, WEIGHTS) + distillation(logits, TEACHER, LABELS >= 0, WEIGHTS)
-    loss.backward()
-    assert logits.grad is not None
-    assert torch.equal(logits.grad.abs().amax(-1) > 0, LABELS >= 0)
+    for objective in Objective:
+        logits = LOGITS.clone().requires_grad_()
+        loss_of(objective, slots_of(logits), 3.0, 0.5).backward()
+        assert logits.grad is not None
+        assert torch.equal(logits.grad.abs().amax(-1) > 0, LABELS >= 0), objective
 
 
-def test_nothing_to_count_is_zero() -> None:
+def test_nothing_to_count_has_no_gradient() -> None:
     nothing = torch.full((2, 3), -1)
-    assert float(label_cross_entropy(LOGITS, nothing, WEIGHTS)) == 0.0
-    assert float(distillation(LOGITS, TEACHER, nothing >= 0, WEIGHTS)) == 0.0
+    assert float(label_cross_entropy(slots_of(labels=nothing), WEIGHTS)) == 0.0
+    assert float(distillation(slots_of(labels=nothing), WEIGHTS)) == 0.0
+    for objective in Objective:
+        logits = LOGITS.clone().requires_grad_()
+        loss_of(objective, slots_of(logits, nothing), 3.0, 0.5).backward()
+        assert logits.grad is not None and not logits.grad.any(), objective
+
+
+def chances() -> list[list[float]]:
+    """Of each label that counts."""
+    return [
+        [math.exp(log_probability(LOGITS[block, slot], int(label))) for slot, label in enumerate(row) if label >= 0]
+        for block, row in enumerate(LABELS)
+    ]
+
+
+def test_expected_weights_are_the_tokens_that_hang_on_a_slot() -> None:
+    (first, second), (alone,) = ([0.5 + 0.5 * chance for chance in row] for row in chances())
+    hanging = [first + first * second, first * second]
+    assert expected_weights(slots_of())[0].tolist() == pytest.approx([1.0, hanging[1] / hanging[0], 0.0])
+    assert expected_weights(slots_of())[1].tolist() == pytest.approx([1.0, 0.0, 0.0])
+    assert alone > 0.5
+
+
+def test_a_streak_ends_with_its_first_miss() -> None:
+    (first, second), (alone,) = chances()
+    assert float(streak(slots_of())) == pytest.approx(1 - (first + first * second + alone) / 3, rel=1e-5)
+    late = torch.tensor([[-1, 4, 2], [-1, -1, -1]])
+    assert float(streak(slots_of(labels=late))) == 1.0
+
+
+def test_overlap_is_what_a_sampled_draft_is_accepted_with() -> None:
+    drafter, teacher = LOGITS.softmax(-1), TEACHER.softmax(-1)
+    common = torch.minimum(drafter, teacher).sum(-1)
+    expected = ((1 - common) * WEIGHTS * (LABELS >= 0)).sum() / (WEIGHTS * (LABELS >= 0)).sum()
+    assert float(missing_overlap(slots_of(), WEIGHTS)) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", Objective)
+def test_every_objective_leads_to_the_target(objective: Objective) -> None:
+    """Whose distribution is sure enough here that its most likely tokens and its distribution are the same aim."""
+    teacher = 8 * F.one_hot(LABELS.clamp(min=0), 5).float()
+    logits = torch.zeros(2, 3, 5, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss_of(objective, DraftSlots(logits, teacher, LABELS, LABELS >= 0), 3.0, 0.5).backward()
+        optimizer.step()
+    assert torch.equal(logits.argmax(-1)[LABELS >= 0], LABELS[LABELS >= 0])

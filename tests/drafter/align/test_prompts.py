@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from drafter.align.prompts import Prompt, read_prompts, usable_turn, write_prompts
+from drafter.align.prompts import Prompt, Turn, distinct, read_prompts, usable_turn, write_prompts
 
 
 def test_prompts_survive_a_round_trip(tmp_path: Path) -> None:
-    prompts = [Prompt("chat", "Hello there"), Prompt("math", 'A "quote",\na line and \u00e9\u4e2d')]
+    prompts = [Prompt("chat", "Hello there", "Be kind."), Prompt("math", 'A "quote",\na line and \u00e9\u4e2d')]
     write_prompts(tmp_path / "p.jsonl", prompts)
     assert read_prompts(tmp_path / "p.jsonl") == prompts
     assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
@@ -56,6 +56,23 @@ def test_values_that_cannot_be_used_are_named(tmp_path: Path, line: str) -> None
     path.write_text(line, encoding="utf-8")
     with pytest.raises(ValueError, match=f"{path}:1: category and prompt must be non-empty strings"):
         read_prompts(path)
+
+
+def test_a_system_prompt_is_text_if_there_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"category": "a", "prompt": "x", "system": 7}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="p.jsonl:1: system must be a non-empty string, not 7"):
+        read_prompts(path)
+
+
+def test_a_conversation_is_the_system_prompt_and_the_users_turn() -> None:
+    assert Prompt("a", "x").turns == (Turn("user", "x"),)
+    assert Prompt("a", "x", "s").turns == (Turn("system", "s"), Turn("user", "x"))
+
+
+def test_prompts_that_differ_in_case_and_spaces_are_the_same() -> None:
+    prompts = [Prompt("a", "One two"), Prompt("b", "three"), Prompt("c", " one  TWO\n"), Prompt("a", "onetwo")]
+    assert distinct(prompts) == [0, 1, 3]
 
 
 def test_a_missing_file_is_the_callers_to_report(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ def start(folder: Path, layers: tuple[int, ...] = (1, 3)) -> SimulatedEngine:
     return SimulatedEngine(FeatureRecorder(folder, layers))
 
 
-def recorded(engine: SimulatedEngine, folder: Path, count: int = 1) -> list[Answer]:
-    assert engine.proposer.command("flush", {}) == {"answers": count}
+def recorded(engine: SimulatedEngine, folder: Path, count: int = 1, loops: int = 0) -> list[Answer]:
+    assert engine.proposer.command("flush", {}) == {"answers": count, "loops": loops}
     corpus = Corpus(folder, engine.proposer.hidden_state_layers)
     return [corpus.read(index) for index in range(len(corpus))]
 
@@ -53,6 +53,15 @@ def test_a_prompt_may_come_in_chunks(tmp_path: Path, chunks: list[int]) -> None:
     engine.step({ID: Work(emitted=[8])})
     (answer,) = recorded(engine, tmp_path)
     check(answer, engine, 5, [*PROMPT, 7, 8])
+
+
+def test_an_answer_loses_the_loop_that_it_ends_in(tmp_path: Path) -> None:
+    engine = start(tmp_path)
+    engine.add(ID, PROMPT)
+    for token in (7, 1, 2, 3, *(4, 5, 6) * 11):
+        engine.step({ID: Work(emitted=[token])})
+    (answer,) = recorded(engine, tmp_path, loops=1)
+    check(answer, engine, 5, [*PROMPT, 7, 1, 2, 3, 4, 5, 6])
 
 
 def test_an_answer_of_one_token(tmp_path: Path) -> None:
@@ -100,7 +109,7 @@ def test_a_prompt_without_an_answer_is_not_written(tmp_path: Path) -> None:
     engine = start(tmp_path)
     engine.add(ID, PROMPT)
     engine.step({ID: Work(run=3)})
-    assert engine.proposer.command("flush", {}) == {"answers": 0}
+    assert engine.proposer.command("flush", {}) == {"answers": 0, "loops": 0}
     assert recorded_ids(tmp_path) == set()
 
 
@@ -120,8 +129,8 @@ def test_a_flush_writes_each_answer_once(tmp_path: Path) -> None:
     engine = start(tmp_path)
     engine.add(ID, PROMPT)
     engine.step({ID: Work(emitted=[7])})
-    assert engine.proposer.command("flush", {}) == {"answers": 1}
-    assert engine.proposer.command("flush", {}) == {"answers": 1}
+    assert engine.proposer.command("flush", {}) == {"answers": 1, "loops": 0}
+    assert engine.proposer.command("flush", {}) == {"answers": 1, "loops": 0}
     assert recorded_ids(tmp_path) == {ID}
 
 
