@@ -70,6 +70,8 @@ async def _collect(args: argparse.Namespace, settings: Settings, model: Path) ->
     recorded = _recorded_tokens(options.folder)
     if recorded >= args.answer_tokens or (prompts is not None and not plan_answers(prompts, options)):
         return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("the corpus is not complete: run this command once without torchrun first")
     from scheduler.answering import RecordingEngine
     from scheduler.engine import EngineShape, engine_arguments, start_engine, stop_engine
     from scheduler.options import EngineOptions, RecorderOptions
@@ -108,12 +110,16 @@ async def _collect(args: argparse.Namespace, settings: Settings, model: Path) ->
 
 
 def _train(args: argparse.Namespace, settings: Settings, model: Path) -> None:
+    import torch
+
     from drafter.align.card import write_card
     from drafter.align.corpus import Corpus
+    from drafter.align.flops import measured_peak
     from drafter.align.initial import read_target
     from drafter.align.objectives import Objective
     from drafter.align.plot import plot_history
     from drafter.align.provenance import Provenance, commit, prompt_file, versions, without_folders
+    from drafter.align.ranks import Ranks
     from drafter.align.train import StepReport, Trainer, TrainOptions, read_history
 
     target = read_target(model)
@@ -129,18 +135,26 @@ def _train(args: argparse.Namespace, settings: Settings, model: Path) -> None:
         precision=args.precision,
         seed=args.seed,
     )
-    trainer = Trainer(args.run, corpus, target, config, token_ids, options)
+    ranks = Ranks.join()
+    trainer = Trainer(args.run, corpus, target, config, token_ids, options, ranks)
     with ProgressBar("training") as bar:
+        peak = measured_peak(torch.bfloat16 if options.precision == "bfloat16" else torch.float32)
+        operations = trainer.step_flops()
 
         def watch(step: StepReport) -> None:
-            measured = (
-                "" if step.report is None else f", {step.report.greedy.emitted_per_step():.2f} emitted per verify step"
-            )
-            bar(step.step / step.steps, f"step {step.step}, loss {step.loss:.3f}{measured}")
+            if not ranks.is_first:
+                return
+            measured = "" if step.report is None else f", {step.report.greedy.emitted_per_step():.2f} emitted a step"
+            rate = operations / step.step_seconds
+            used = f"{rate / 1e9:.0f} GFLOP/s, {rate / peak:.0%} of the peak"
+            bar(step.step / step.steps, f"step {step.step}, loss {step.loss:.3f}, {used}{measured}")
             if step.report is not None:
                 plot_history(read_history(args.run / "history.jsonl"), args.run / "training.png")
 
         trainer.run(watch)
+    ranks.leave()
+    if not ranks.is_first:
+        return
     history = read_history(args.run / "history.jsonl")
     checkpoint = args.run / "checkpoint"
     provenance = Provenance(

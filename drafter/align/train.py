@@ -12,15 +12,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from drafter.align.average import WeightAverage
 from drafter.align.batches import BlockBatch, anchor_range, draw_observed, make_batch, run_blocks
 from drafter.align.corpus import Answer, Corpus, is_held_out
 from drafter.align.evaluate import AcceptanceReport, evaluate
+from drafter.align.flops import counted
 from drafter.align.initial import TargetWeights, initial_drafter
 from drafter.align.objectives import DraftSlots, Objective, loss_of
 from drafter.align.provenance import checkpoint_file
+from drafter.align.ranks import Ranks
 from drafter.checkpoint import Drafter, load_drafter, save_drafter
 from drafter.config import DrafterConfig
 from drafter.head import DraftHead
+
+_AVERAGED_EVERY = 10  # steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,7 @@ class TrainOptions:
         observed_share: share of the blocks in which some draft tokens are given, as refinement passes find them.
         copied_layers: the target's layers that the drafter starts from.
         initial: checkpoint folder to start from instead.
+        averaged_share: share of the steps, the last ones, whose weights are averaged in the end; 0 keeps the last.
         precision: ``float32``, or ``bfloat16`` for mixed precision.
         evaluate_every: steps between evaluations.
         save_every: steps between saved states.
@@ -59,6 +65,7 @@ class TrainOptions:
     observed_share: float = 0.0
     copied_layers: tuple[int, ...] = (28, 29)
     initial: Path | None = None
+    averaged_share: float = 0.1
     precision: str = "float32"
     evaluate_every: int = 250
     save_every: int = 100
@@ -86,12 +93,19 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step tells whoever watches; ``report`` is set on steps that evaluated."""
+    """What one step tells whoever watches.
+
+    Attributes:
+        seconds: that training took so far.
+        step_seconds: that this step took, without an evaluation.
+        report: of steps that evaluated.
+    """
 
     step: int
     steps: int
     loss: float
     seconds: float
+    step_seconds: float
     report: Evaluation | None
 
 
@@ -105,6 +119,7 @@ class Trainer:
         config: the drafter.
         token_ids: draft vocabulary, or ``None``.
         options: how to train; a saved state of other options is refused.
+        ranks: that train together; only the first one writes to the folder.
 
     Raises:
         DrafterCheckpointError: the checkpoint to start from cannot be read.
@@ -120,6 +135,7 @@ class Trainer:
         config: DrafterConfig,
         token_ids: torch.Tensor | None,
         options: TrainOptions,
+        ranks: Ranks | None = None,
     ):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._corpus, self._target, self._options = folder, corpus, target, options
@@ -130,6 +146,7 @@ class Trainer:
         self._label_index = torch.full((len(target.embedding) + 1,), -1)
         self._label_index[: len(target.embedding)] = _inverse(token_ids, len(target.embedding))
         self._final_layer = max(corpus.layers)
+        self._ranks, self._average = ranks or Ranks(), WeightAverage()
         self._optimizer = self._make_optimizer()
         self._held_out = {temperature: self._kept(temperature) for temperature in (0.0, 1.0)}
         self._training = [
@@ -137,6 +154,10 @@ class Trainer:
             for i, answer in enumerate(corpus.ids)
             if not is_held_out(answer.prompt_index) and corpus.answer_tokens(i) > 2
         ]
+        if options.answers_per_step < self._ranks.size:
+            raise ValueError(
+                f"a step of {options.answers_per_step} answers cannot be shared by {self._ranks.size} ranks"
+            )
         if len(self._training) < options.answers_per_step:
             raise ValueError(
                 f"the corpus has {len(self._training)} answers to train on, one step takes {options.answers_per_step}"
@@ -147,22 +168,41 @@ class Trainer:
 
     def run(self, watch: Callable[[StepReport], None]) -> None:
         """Train to the last step, reporting each; save the checkpoint at the end."""
-        order = self._order()
+        order, steps = self._order(), self._options.steps
         for _ in range(self.step):
             next(order)
         started = time.monotonic() - self._seconds
-        while self.step < self._options.steps:
+        while self.step < steps:
+            begun = time.monotonic()
             loss = self._train_step(next(order))
+            taken = time.monotonic() - begun
             self.step += 1
             self._seconds = time.monotonic() - started
+            self._take_average()
             report = None
-            if self.step % self._options.evaluate_every == 0 or self.step == self._options.steps:
-                report = self.evaluate()
-                self._log(loss, report)
-            if self.step % self._options.save_every == 0 or self.step == self._options.steps:
-                self._save()
-            watch(StepReport(self.step, self._options.steps, loss, self._seconds, report))
-        save_drafter(self.drafter, self._folder / "checkpoint")
+            if self._ranks.is_first:
+                if self.step % self._options.evaluate_every == 0 or self.step == steps:
+                    report = self.evaluate()
+                    self._log(loss, report)
+                if self.step % self._options.save_every == 0 or self.step == steps:
+                    self._save()
+            watch(StepReport(self.step, steps, loss, self._seconds, taken, report))
+        if self._ranks.is_first:
+            save_drafter(self.drafter, self._folder / "checkpoint")
+
+    def step_flops(self) -> int:
+        """Operations of a typical step on this rank; counting them changes no weights."""
+        longest = sorted(self._training, key=self._corpus.answer_tokens)
+        middle = longest[len(longest) // 2 :][: self._options.answers_per_step]
+        return counted(lambda: self._gradients(middle))[1]
+
+    def _take_average(self) -> None:
+        """Take the weights in near the end; behind the last step they become the mean."""
+        steps = self._options.steps
+        if self.step > (1 - self._options.averaged_share) * steps and self.step % _AVERAGED_EVERY == 0:
+            self._average.add(self._model)
+        if self.step == steps:
+            self._average.put_into(self._model)
 
     def evaluate(self) -> Evaluation:
         """Emitted tokens per verify step on the held-out answers."""
@@ -181,11 +221,20 @@ class Trainer:
         return kept[: self._options.held_out_answers]
 
     def _train_step(self, indices: list[int]) -> float:
-        options = self._options
         for group in self._optimizer.param_groups:
-            group["lr"] = options.learning_rate * group["factor"] * self._schedule()
-        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + self.step)
-        answers = [self._corpus.read(i) for i in indices]
+            group["lr"] = self._options.learning_rate * group["factor"] * self._schedule()
+        loss = self._gradients(indices)
+        self._ranks.average_gradients(list(self._model.parameters()))
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        self._optimizer.step()
+        return self._ranks.average(loss)
+
+    def _gradients(self, indices: list[int]) -> float:
+        """Leave the gradients of this rank's share of some answers with the parameters; returns the loss."""
+        options = self._options
+        chance = (options.seed * 1_000_003 + self.step) * self._ranks.size + self._ranks.rank
+        generator = torch.Generator().manual_seed(chance)
+        answers = [self._corpus.read(i) for i in self._ranks.share(indices)]
         anchors = [_draw_anchors(answer, options.anchors_per_answer, generator) for answer in answers]
         batch = make_batch(answers, anchors, self._model.config)
         observed = draw_observed(batch.labels, options.observed_share, self._model.config, generator)
@@ -194,8 +243,6 @@ class Trainer:
             loss = self._loss(answers, batch)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
-        self._optimizer.step()
         return float(loss.detach())
 
     def _loss(self, answers: list[Answer], batch: BlockBatch) -> torch.Tensor:
@@ -249,6 +296,7 @@ class Trainer:
             "seconds": self._seconds,
             "model": self._model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
+            "average": self._average.state(),
         }
         unfinished = self._folder / "state.partial"
         torch.save(state, unfinished)
@@ -257,15 +305,23 @@ class Trainer:
     def _resume(self) -> None:
         path = self._folder / "state.pt"
         if not path.exists():
-            _keep_history(self._folder / "history.jsonl", 0)
+            self._keep_history()
             return
         state: dict[str, Any] = torch.load(path, weights_only=True)
         if state["options"] != self._options.to_json() or state["drafter"] != self._model.config.to_json():
             raise ValueError(f"{path} was trained with other options; choose another run folder or remove it")
         self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
+        self._average.restore(state["average"])
         self.step, self._seconds = state["step"], state["seconds"]
-        _keep_history(self._folder / "history.jsonl", self.step)
+        self._keep_history()
+
+    def _keep_history(self) -> None:
+        """Drop what was logged after the state that the run resumes from."""
+        path = self._folder / "history.jsonl"
+        if self._ranks.is_first:
+            kept = [json.dumps(entry) + "\n" for entry in read_history(path) if entry["step"] <= self.step]
+            path.write_text("".join(kept), encoding="utf-8")
 
 
 def _start(
@@ -290,12 +346,6 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _keep_history(path: Path, step: int) -> None:
-    """Drop what was logged after the state that the run resumes from."""
-    kept = [json.dumps(entry) + "\n" for entry in read_history(path) if entry["step"] <= step]
-    path.write_text("".join(kept), encoding="utf-8")
 
 
 def _draw_anchors(answer: Answer, count: int, generator: torch.Generator) -> torch.Tensor:

@@ -1,6 +1,9 @@
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +17,7 @@ from drafter.align.batches import BlockBatch, make_batch, run_blocks
 from drafter.align.corpus import Answer, AnswerId, Corpus, ShardWriter, is_held_out
 from drafter.align.initial import TargetWeights, read_target
 from drafter.align.objectives import Objective
+from drafter.align.ranks import Ranks
 from drafter.align.train import StepReport, Trainer, TrainOptions, read_history
 from drafter.checkpoint import Drafter, load_drafter, save_drafter
 from drafter.config import DrafterConfig
@@ -222,6 +226,59 @@ def test_sampled_answers_are_measured_too_where_there_are_any(
     assert measured.sampled is not None and set(measured.sampled.steps) == {"math"}
     assert set(measured.greedy.steps) == {"chat"}
     assert list(measured.to_json()) == ["emitted_per_verify_step", "sampled_emitted_per_verify_step"]
+
+
+def test_the_last_weights_are_averaged(train: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "_AVERAGED_EVERY", 2)
+    seen: list[dict[str, torch.Tensor]] = []
+    plain = train("plain", averaged_share=0.0)
+    plain.run(lambda report: seen.append(copy.deepcopy(plain.drafter.model.state_dict())))
+    averaged = train("averaged", averaged_share=0.5)
+    averaged.run(lambda report: None)
+    for name, value in averaged.drafter.model.state_dict().items():
+        torch.testing.assert_close(value, (seen[5][name] + seen[7][name]) / 2)
+    resumed = train("averaged", averaged_share=0.5)
+    assert torch.equal(resumed.drafter.model.fc.weight, averaged.drafter.model.fc.weight)
+
+
+_TWO_RANKS = """
+import sys
+from pathlib import Path
+import torch
+from drafter.align.corpus import Corpus
+from drafter.align.initial import read_target
+from drafter.align.ranks import Ranks
+from drafter.align.train import Trainer
+from tests.drafter.align.test_train import CONFIG, LAYERS, OPTIONS, TOKEN_IDS
+folder, ranks, losses = Path(sys.argv[1]), Ranks.join(), []
+corpus = Corpus(folder / "corpus", (1, 3, LAYERS))
+trainer = Trainer(folder / "two", corpus, read_target(folder / "target"), CONFIG, TOKEN_IDS, OPTIONS, ranks)
+trainer.run(lambda report: losses.append(report.loss))
+torch.save((losses, trainer.drafter.model.state_dict()), folder / f"rank-{ranks.rank}.pt")
+ranks.leave()
+"""
+
+
+def test_two_ranks_train_one_drafter(train: Callable[..., Trainer], tmp_path: Path) -> None:
+    train("one")  # makes target and corpus
+    (tmp_path / "two.py").write_text(_TWO_RANKS, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "two.py"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(tmp_path)], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (losses, weights), (other_losses, other_weights) = (torch.load(tmp_path / f"rank-{r}.pt") for r in (0, 1))
+    assert losses == other_losses and losses[-1] < losses[0]
+    assert all(torch.equal(value, other_weights[name]) for name, value in weights.items())
+    saved = load_drafter(tmp_path / "two" / "checkpoint").model.state_dict()
+    torch.testing.assert_close(saved["norm.weight"], weights["norm.weight"], rtol=1e-2, atol=1e-2)
+    assert [entry["step"] for entry in read_history(tmp_path / "two" / "history.jsonl")] == [4, 8]
+
+
+def test_more_ranks_than_answers_of_a_step_are_refused(tmp_path: Path, corpus: Corpus, target: TargetWeights) -> None:
+    with pytest.raises(ValueError, match="a step of 2 answers cannot be shared by 3 ranks"):
+        Trainer(tmp_path / "run", corpus, target, CONFIG, TOKEN_IDS, OPTIONS, Ranks(0, 3))
 
 
 @pytest.mark.parametrize("objective", Objective)
