@@ -29,14 +29,7 @@ class RecordingEngine:
 
         Where ``turns`` leave no room for it, it is empty.
         """
-        marker = "\x00"
-        text = cast(
-            str,
-            self._tokenizer.apply_chat_template(
-                _messages([*turns, Turn("user", marker)]), add_generation_prompt=False, tokenize=False
-            ),
-        )
-        prefix = self._tokenizer.encode(text.split(marker)[0], add_special_tokens=False)
+        prefix = self._before_user(turns)
         if not self._fits(prefix, max_tokens):
             return ""
         params = SamplingParams(
@@ -54,10 +47,7 @@ class RecordingEngine:
 
         One that leaves no room for an answer of ``max_tokens`` is passed over.
         """
-        token_ids = cast(
-            list[int],
-            self._tokenizer.apply_chat_template(_messages(turns), add_generation_prompt=True, return_dict=False),
-        )
+        token_ids = self._before_assistant(turns)
         if not self._fits(token_ids, max_tokens):
             return Written("", 0)
         params = SamplingParams(
@@ -78,6 +68,33 @@ class RecordingEngine:
     async def flush(self) -> None:
         """Make the recorder write its last shard."""
         await self._engine.collective_rpc("proposer_command", args=("flush", {}))
+
+    def _before_user(self, turns: Sequence[Turn]) -> list[int]:
+        """The conversation up to where the user speaks."""
+        if not self._chats:
+            return self._encoded("".join(f"{turn.text}\n\n" for turn in turns), begins=True)
+        marker = "\x00"
+        text = self._tokenizer.apply_chat_template(
+            _messages([*turns, Turn("user", marker)]), add_generation_prompt=False, tokenize=False
+        )
+        return self._encoded(cast(str, text).split(marker)[0], begins=False)
+
+    def _before_assistant(self, turns: Sequence[Turn]) -> list[int]:
+        """The conversation up to where the assistant speaks."""
+        if not self._chats:
+            return self._encoded("\n\n".join(turn.text for turn in turns), begins=True)
+        token_ids = self._tokenizer.apply_chat_template(_messages(turns), add_generation_prompt=True, return_dict=False)
+        return cast(list[int], token_ids)
+
+    def _encoded(self, text: str, *, begins: bool) -> list[int]:
+        """Its tokens, with those that begin every text if wanted, and at least one."""
+        token_ids = self._tokenizer.encode(text, add_special_tokens=begins)
+        return token_ids or [self._tokenizer.eos_token_id]
+
+    @property
+    def _chats(self) -> bool:
+        """Whether the target has a chat template; others just go on with a text, and turns are its paragraphs."""
+        return getattr(self._tokenizer, "chat_template", None) is not None
 
     def _fits(self, token_ids: Sequence[int], max_tokens: int) -> bool:
         return len(token_ids) + max_tokens <= self._engine.model_config.max_model_len

@@ -83,6 +83,27 @@ def _count_tensors(path: Path, report: Callable[[float], None]) -> None:
     gguf.dequantize = counted
 
 
+def _begins_with_bos(path: Path) -> bool:
+    """Whether the model expects every text to begin with its beginning-of-text token, which is easily lost."""
+    import gguf
+
+    field = gguf.GGUFReader(path).fields.get("tokenizer.ggml.add_bos_token")
+    return field is not None and bool(field.contents())
+
+
+def _add_bos(tokenizer: Any) -> None:
+    """Let ``tokenizer`` begin texts with its beginning-of-text token, unless it does."""
+    from tokenizers.processors import TemplateProcessing
+
+    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
+    if bos is None or tokenizer("a")["input_ids"][0] == bos_id:
+        return
+    special = [(bos, bos_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=special
+    )
+
+
 def _convert_here(gguf: Path, folder: Path, report: Callable[[float], None]) -> None:
     """Convert in this process."""
     warnings.filterwarnings("ignore")
@@ -98,6 +119,8 @@ def _convert_here(gguf: Path, folder: Path, report: Callable[[float], None]) -> 
     model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
     report(_LOADED)
     tokenizer = AutoTokenizer.from_pretrained(**place)
+    if _begins_with_bos(gguf):
+        _add_bos(tokenizer)
     report(_TOKENIZER_DONE)
     # The weights were quantized in the file but are not any more, and must not be announced as such.
     model.config.__dict__.pop("quantization_config", None)

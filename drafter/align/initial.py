@@ -22,7 +22,7 @@ class TargetWeights:
     Attributes:
         embedding: ``[vocab, hidden]``.
         output_head: ``[vocab, hidden]``.
-        final_norm: ``[hidden]`` weight of the norm before the output head.
+        final_norm: ``[hidden]`` factors of the norm before the output head.
         config: content of the target's ``config.json``.
     """
 
@@ -35,6 +35,16 @@ class TargetWeights:
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor of the target by its Hugging Face name, as float32."""
         return read_tensor(self.folder, name)
+
+    def norm(self, name: str) -> torch.Tensor:
+        """The factors of a norm by its Hugging Face name: Gemma's weights are what they differ from 1 by."""
+        weight = self.tensor(name)
+        return weight + 1 if is_gemma(self.config) else weight
+
+
+def is_gemma(config: dict[str, Any]) -> bool:
+    """Whether a target is of the Gemma family, whose layers have norms behind attention and MLP as well."""
+    return str(config.get("model_type", "")).startswith("gemma")
 
 
 def read_tensor(folder: Path, name: str) -> torch.Tensor:
@@ -52,11 +62,12 @@ def read_tensor(folder: Path, name: str) -> torch.Tensor:
 
 
 def read_target(folder: Path) -> TargetWeights:
-    """Read the shared parts of a Llama-style target."""
+    """Read the shared parts of a target of Llama's, Qwen's or Gemma's kind."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     embedding = read_tensor(folder, "model.embed_tokens.weight")
     head = embedding if config.get("tie_word_embeddings") else read_tensor(folder, "lm_head.weight")
-    return TargetWeights(folder, embedding, head, read_tensor(folder, "model.norm.weight"), config)
+    final_norm = read_tensor(folder, "model.norm.weight")
+    return TargetWeights(folder, embedding, head, final_norm + 1 if is_gemma(config) else final_norm, config)
 
 
 def drafter_config(
@@ -72,6 +83,7 @@ def drafter_config(
     config: dict[str, Any] = target.config
     heads = config["num_attention_heads"]
     rope = config.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
     return DrafterConfig(
         hidden_size=config["hidden_size"],
         intermediate_size=config["intermediate_size"],
@@ -82,7 +94,7 @@ def drafter_config(
         vocab_size=config["vocab_size"],
         rms_norm_eps=config["rms_norm_eps"],
         rope_theta=float(rope.get("rope_theta") or config["rope_theta"]),
-        qk_norm=config["model_type"] == "qwen3",
+        qk_norm=config["model_type"] == "qwen3" or is_gemma(config),
         target_layer_ids=target_layer_ids,
         block_size=block_size,
         mask_token_id=mask_token_id,
@@ -136,7 +148,7 @@ def initial_drafter(
     with torch.no_grad():
         model.fc.weight.zero_()
         model.fc.weight[:, nearest * hidden : (nearest + 1) * hidden] = torch.eye(hidden)
-        model.hidden_norm.weight.copy_(target.tensor(f"model.layers.{layer_ids[0]}.input_layernorm.weight"))
+        model.hidden_norm.weight.copy_(target.norm(f"model.layers.{layer_ids[0]}.input_layernorm.weight"))
         model.norm.weight.copy_(target.final_norm)
         if model.last_feature_proj is not None:
             model.last_feature_proj.weight.zero_()
@@ -147,16 +159,22 @@ def initial_drafter(
 
 
 def _copy_layer(layer: DrafterLayer, target: TargetWeights, source: int) -> None:
+    """What the layers of both have in common: Gemma's norms behind attention and MLP have no counterpart here."""
+
     def weight(name: str) -> torch.Tensor:
         return target.tensor(f"model.layers.{source}.{name}.weight")
 
+    def norm(name: str) -> torch.Tensor:
+        return target.norm(f"model.layers.{source}.{name}.weight")
+
     with torch.no_grad():
-        layer.input_layernorm.weight.copy_(weight("input_layernorm"))
-        layer.post_attention_layernorm.weight.copy_(weight("post_attention_layernorm"))
+        layer.input_layernorm.weight.copy_(norm("input_layernorm"))
+        before_mlp = "pre_feedforward_layernorm" if is_gemma(target.config) else "post_attention_layernorm"
+        layer.post_attention_layernorm.weight.copy_(norm(before_mlp))
         layer.qkv_proj.weight.copy_(torch.cat([weight(f"self_attn.{k}_proj") for k in "qkv"]))
         layer.o_proj.weight.copy_(weight("self_attn.o_proj"))
         layer.gate_up_proj.weight.copy_(torch.cat([weight("mlp.gate_proj"), weight("mlp.up_proj")]))
         layer.down_proj.weight.copy_(weight("mlp.down_proj"))
         if layer.q_norm is not None and layer.k_norm is not None:
-            layer.q_norm.weight.copy_(weight("self_attn.q_norm"))
-            layer.k_norm.weight.copy_(weight("self_attn.k_norm"))
+            layer.q_norm.weight.copy_(norm("self_attn.q_norm"))
+            layer.k_norm.weight.copy_(norm("self_attn.k_norm"))

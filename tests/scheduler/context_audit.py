@@ -110,7 +110,7 @@ def main(model_folder: str, drafter_folder: str) -> None:
     options = EngineOptions(
         DrafterOptions(Path(drafter_folder), ProposalOptions(5), PolicyOptions(PolicyName.FIXED, repetition=False))
     )
-    engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(shape, options)))
+    engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(shape, options), skip_tokenizer_init=True))
     core: Any = engine.engine_core.engine_core
     runner = core.model_executor.driver_worker.worker.model_runner
     proposer = runner.drafter.proposer
@@ -124,6 +124,7 @@ def main(model_folder: str, drafter_folder: str) -> None:
     core.scheduler._policy = SurvivalFloor(1.1, 5)  # nothing is verified: plain decoding, context K/V all the same
     run(engine, {"plain": (tokens[240:270], 20)})
     core.scheduler._policy = SurvivalFloor(0.0, 5)
+    run(engine, {"drafted": (tokens[240:270], 20)})  # again, now with drafts that are verified
     run(engine, {"longest": (tokens[:232], 64), "neighbour": (tokens[330:360], 40)})
     run(engine, {"after": ([*audit.copies["plain"][0], *tokens[380:390]], 12)})
 
@@ -133,8 +134,17 @@ def main(model_folder: str, drafter_folder: str) -> None:
         pairs = zip(cached, fresh_kv(model, proposer, ids), strict=True)
         errors[name] = max(float((old - new).abs().max() / new.abs().max()) for old, new in pairs)
     lengths = {name: len(ids) for name, (ids, _) in audit.copies.items()}
-    report = {"errors": errors, "lengths": lengths, "first_positions": audit.first_positions}
-    print(json.dumps({**report, "accepted": audit.accepted, "rejected": audit.rejected}))
+    plain, drafted = audit.copies["plain"][0], audit.copies["drafted"][0]
+    common = min(len(plain), len(drafted))
+    report = {
+        "errors": errors,
+        "lengths": lengths,
+        "first_positions": audit.first_positions,
+        "accepted": audit.accepted,
+        "rejected": audit.rejected,
+        "same_answer": plain[:common] == drafted[:common],
+    }
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":
