@@ -22,6 +22,7 @@ OVERRIDDEN = {
     "scheduler.vllm_runner:SlipstreamModelRunner": {
         "__init__": "vllm_config device",
         "_get_eagle3_aux_layers_from_config": "",
+        "_setup_eagle3_aux_hidden_state_outputs": "",
         "initialize_kv_cache": "kv_cache_config is_profiling kv_cache_allocation_context",
         "_update_states": "scheduler_output",
         "_sample": "logits spec_decode_metadata",
