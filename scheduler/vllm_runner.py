@@ -56,10 +56,13 @@ class SlipstreamModelRunner(BaseModelRunner):
         return self._host.proposer.hidden_state_layers if self._host else None
 
     def _setup_eagle3_aux_hidden_state_outputs(self) -> None:
-        if self._host is None or supports_eagle3(self.get_model()):
+        model = self.get_model()
+        if self._host is None or supports_eagle3(model):
             super()._setup_eagle3_aux_hidden_state_outputs()
-        else:
-            tap_hidden_states(self.get_model(), self._host.proposer.hidden_state_layers)
+            return
+        if not self.model_config.enforce_eager:
+            raise ValueError(f"hidden states of {type(model).__name__} can be had without compilation only: set it off")
+        tap_hidden_states(model, self._host.proposer.hidden_state_layers)
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         """Allocate the target's cache, then the proposer's over the same pages."""

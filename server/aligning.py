@@ -122,6 +122,7 @@ def _train(args: argparse.Namespace, settings: Settings, model: Path) -> None:
     from drafter.align.ranks import Ranks
     from drafter.align.train import StepReport, Trainer, TrainOptions, read_history
 
+    ranks = Ranks.join()
     target = read_target(model)
     corpus = Corpus(args.run / "corpus", _hidden_state_layers(args, model))
     config, token_ids, copied = _drafter_to_train(args, target, corpus)
@@ -135,7 +136,6 @@ def _train(args: argparse.Namespace, settings: Settings, model: Path) -> None:
         precision=args.precision,
         seed=args.seed,
     )
-    ranks = Ranks.join()
     trainer = Trainer(args.run, corpus, target, config, token_ids, options, ranks)
     with ProgressBar("training") as bar:
         peak = measured_peak(torch.bfloat16 if options.precision == "bfloat16" else torch.float32)

@@ -130,3 +130,28 @@ def test_only_sampled_requests_are_told_apart() -> None:
         patch.setattr(BaseModelRunner, "_sample", lambda *_: None)
         _, forward = Runner([4, 5, 6], [GREEDY, SAMPLED, GREEDY]).step([4, 5, 6], [0, 0, 0], [1, 1, 1])
     assert forward.sampling == [None, RandomSampling(101, 0.7), None]
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_hooks_take_hidden_states_of_targets_that_run_eagerly(eager: bool) -> None:
+    class Target(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.Identity()])
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = self.layers[0](hidden)
+            return 2 * output
+
+    runner: Any = SlipstreamModelRunner.__new__(SlipstreamModelRunner)
+    target = Target()
+    host = SimpleNamespace(proposer=SimpleNamespace(hidden_state_layers=(1,)))
+    config = SimpleNamespace(enforce_eager=eager)
+    runner.__dict__.update(_host=host, model_config=config, get_model=lambda: target)
+    if not eager:
+        with pytest.raises(ValueError, match="hidden states of Target can be had without compilation only"):
+            runner._setup_eagle3_aux_hidden_state_outputs()
+        return
+    runner._setup_eagle3_aux_hidden_state_outputs()
+    output, (hidden,) = target(torch.tensor([3.0]))
+    assert float(output) == 6.0 and float(hidden) == 3.0
