@@ -63,7 +63,8 @@ class RecordingEngine:
                 written.extend(output.outputs[0].token_ids)
                 if len(written) % _LOOKED_AT_EVERY == 0 and loop_start(written) is not None:
                     break
-        return Written(self._tokenizer.decode(written, skip_special_tokens=True), len(written))
+        kept = written[: loop_start(written)]  # as the recorder keeps it
+        return Written(self._tokenizer.decode(kept, skip_special_tokens=True), len(kept))
 
     async def flush(self) -> None:
         """Make the recorder write its last shard."""

@@ -161,6 +161,7 @@ def _train(args: argparse.Namespace, settings: Settings, model: Path) -> None:
         command=without_folders(["slipstream", *sys.argv[1:]]),
         target=Path(settings.model.source).name,
         prompts=prompt_file(args.prompts, len(read_prompts(args.prompts))) if args.prompts else None,
+        own_prompts=len(_own_prompts(args)),
         corpus={
             "answers": len(corpus),
             "answer_tokens": sum(corpus.answer_tokens(i) for i in range(len(corpus))),
@@ -168,6 +169,7 @@ def _train(args: argparse.Namespace, settings: Settings, model: Path) -> None:
         training={**options.to_json(), "drafter": config.to_json()},
         seconds=history[-1]["seconds"],
         result=history[-1]["emitted_per_verify_step"],
+        sampled_result=history[-1].get("sampled_emitted_per_verify_step", {}),
         versions=versions(),
         commit=commit(),
     )
@@ -210,8 +212,13 @@ def _known_prompts(args: argparse.Namespace) -> list[Prompt] | None:
     given = _prompts_of_file(args)
     if args.own_prompts is None and args.prompts is not None:
         return given
-    own = _own_prompts_file(args)
-    return [*given, *read_prompts(own)] if own.exists() else None
+    return [*given, *_own_prompts(args)] if _own_prompts_file(args).exists() else None
+
+
+def _own_prompts(args: argparse.Namespace) -> list[Prompt]:
+    """What the target wrote so far for this run, if it is to be used."""
+    unused = args.own_prompts is None and args.prompts is not None
+    return [] if unused or not _own_prompts_file(args).exists() else read_prompts(_own_prompts_file(args))
 
 
 def _prompts_of_file(args: argparse.Namespace) -> list[Prompt]:

@@ -15,10 +15,7 @@ def write_card(path: Path, provenance: Provenance, parameters: int, licence: str
         parameters: weights of the drafter.
         licence: of the target and of the prompts, for whoever passes the checkpoint on.
     """
-    rows = "\n".join(f"| {category} | {value:.2f} |" for category, value in provenance.result.items())
-    source = "written by the target itself"
-    if provenance.prompts is not None:
-        source = f"{provenance.prompts.prompts:,} from `{provenance.prompts.name}`"
+    rows = "\n".join(_row(provenance, category) for category in provenance.result)
     initial = provenance.training.get("initial")
     start = "" if initial is None else f", going on from the drafter `{initial['name']}`"
     text = f"""# Block-diffusion drafter for {provenance.target}
@@ -31,15 +28,15 @@ the target verifies them. It cannot write text by itself, and it changes nothing
 | parameters | {parameters / 1e6:.1f} million; embedding and output head are the target's and are not included |
 | format | DFlash (`config.json`, `model.safetensors`), with `slipstream.safetensors` for what that lacks |
 | data | {provenance.corpus["answers"]:,} answers of the target, {provenance.corpus["answer_tokens"]:,} tokens, \
-at temperatures 0 and 0.7; prompts: {source} |
+at temperatures 0 and 0.7; prompts: {_prompts(provenance)} |
 | training | {provenance.training["steps"]:,} steps, {provenance.seconds / 60:.0f} minutes \
 on {provenance.versions["processor"]}{start} |
 | licence | {licence} |
 
-Emitted tokens per verify step at temperature 0, on answers to prompts that were kept from training:
+Emitted tokens per verify step on answers to prompts that were kept from training:
 
-| prompts | emitted tokens per verify step |
-|---|---|
+| prompts | temperature 0 | temperature 1 |
+|---|---|---|
 {rows}
 
 `provenance.json` has the command, the versions, the data and the seed.
@@ -47,3 +44,15 @@ Emitted tokens per verify step at temperature 0, on answers to prompts that were
     unfinished = path.with_suffix(".partial")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
+
+
+def _row(provenance: Provenance, category: str) -> str:
+    sampled = provenance.sampled_result.get(category)
+    return f"| {category} | {provenance.result[category]:.2f} | {'' if sampled is None else f'{sampled:.2f}'} |"
+
+
+def _prompts(provenance: Provenance) -> str:
+    given, own = provenance.prompts, f"{provenance.own_prompts:,} written by the target itself"
+    if given is None:
+        return own
+    return f"{given.prompts:,} from `{given.name}`" + (f", {own}" if provenance.own_prompts else "")

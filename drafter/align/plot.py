@@ -26,6 +26,10 @@ def plot_history(history: list[dict[str, Any]], path: Path) -> None:
         values = [entry["emitted_per_verify_step"].get(category) for entry in history]
         width = 2.4 if category == "all" else 1.1
         right.plot(minutes, values, label=f"{category} {values[-1]:.2f}", linewidth=width, marker=".")
+    sampled = [entry.get("sampled_emitted_per_verify_step", {}).get("all") for entry in history]
+    if sampled[-1] is not None:
+        label = f"all, temperature 1 {sampled[-1]:.2f}"
+        right.plot(minutes, sampled, label=label, linewidth=2.4, linestyle="--", color="tab:blue", marker=".")
     right.set(title="Emitted tokens per verify step, held-out answers", xlabel="training time, minutes")
     right.legend(frameon=False)
     for axes in (left, right):

@@ -40,11 +40,13 @@ class Provenance:
     Attributes:
         command: the command line, paths reduced to their last part.
         target: name of the target model.
-        prompts: what was asked, or ``None`` when the target wrote the prompts itself.
+        prompts: the file of what was asked, or ``None`` without one.
+        own_prompts: that the target wrote itself.
         corpus: answers and answer tokens.
         training: the options of the run.
         seconds: time the training took.
-        result: emitted tokens per verify step on held-out answers.
+        result: emitted tokens per verify step on held-out greedy answers.
+        sampled_result: the same on answers at temperature 1; empty where the corpus has none.
         versions: packages, Python and processor.
         commit: of the source tree, where there is one.
     """
@@ -52,10 +54,12 @@ class Provenance:
     command: list[str]
     target: str
     prompts: PromptFile | None
+    own_prompts: int
     corpus: dict[str, int]
     training: dict[str, Any]
     seconds: float
     result: dict[str, float]
+    sampled_result: dict[str, float]
     versions: dict[str, str]
     commit: str | None
 
