@@ -199,7 +199,11 @@ def _drafter_to_train(
         block_size=args.block_size,
         draft_vocab_size=args.draft_vocabulary,
         mask_token_id=args.mask_token_id,
+        markov_rank=args.markov_rank,
+        plain_dflash=args.dflash,
     )
+    if config.draft_vocab_size == config.vocab_size:
+        return config, None, copied
     token_ids, covered = frequent_tokens(corpus, config.draft_vocab_size, config.vocab_size)
     print(f"corpus: {len(corpus):,} answers; draft vocabulary covers {covered:.1%} of its tokens", file=sys.stderr)
     return config, token_ids, copied

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from drafter.align.corpus import Corpus
 from drafter.checkpoint import Drafter
-from drafter.config import DrafterConfig
+from drafter.config import DrafterConfig, InputScheme
 from drafter.model import BlockDrafter, DrafterLayer
 
 
@@ -35,6 +35,14 @@ class TargetWeights:
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor of the target by its Hugging Face name, as float32."""
         return read_tensor(self.folder, name)
+
+    def holds(self, name: str) -> bool:
+        """Whether the target has such a tensor."""
+        try:
+            read_tensor(self.folder, name)
+        except KeyError:
+            return False
+        return True
 
     def norm(self, name: str) -> torch.Tensor:
         """The factors of a norm by its Hugging Face name: Gemma's weights are what they differ from 1 by."""
@@ -78,10 +86,19 @@ def drafter_config(
     block_size: int,
     draft_vocab_size: int,
     mask_token_id: int,
+    markov_rank: int = 64,
+    plain_dflash: bool = False,
 ) -> DrafterConfig:
-    """The shape of a drafter for a target: layers like the target's own, fewer of them."""
+    """The shape of a drafter for a target: layers like the target's own, fewer of them.
+
+    Args:
+        block_size: draft tokens.
+        plain_dflash: as DFlash publishes them, so that vLLM's own proposer runs them too: an anchor slot that predicts
+            nothing, bidirectional blocks, norms of queries and keys, the whole vocabulary and no extras.
+    """
     config: dict[str, Any] = target.config
     heads = config["num_attention_heads"]
+    vocab_size = config["vocab_size"]
     rope = config.get("rope_parameters") or {}
     rope = rope.get("full_attention", rope)
     return DrafterConfig(
@@ -91,14 +108,18 @@ def drafter_config(
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        vocab_size=config["vocab_size"],
+        vocab_size=vocab_size,
         rms_norm_eps=config["rms_norm_eps"],
         rope_theta=float(rope.get("rope_theta") or config["rope_theta"]),
-        qk_norm=config["model_type"] == "qwen3" or is_gemma(config),
+        qk_norm=plain_dflash or config["model_type"] == "qwen3" or is_gemma(config),
         target_layer_ids=target_layer_ids,
-        block_size=block_size,
+        block_size=block_size + plain_dflash,
         mask_token_id=mask_token_id,
-        draft_vocab_size=min(draft_vocab_size, config["vocab_size"]),
+        causal=not plain_dflash,
+        input_scheme=InputScheme.DFLASH if plain_dflash else InputScheme.SHIFT,
+        last_feature=not plain_dflash,
+        markov_rank=0 if plain_dflash else markov_rank,
+        draft_vocab_size=vocab_size if plain_dflash else min(draft_vocab_size, vocab_size),
     )
 
 
@@ -161,11 +182,13 @@ def initial_drafter(
 def _copy_layer(layer: DrafterLayer, target: TargetWeights, source: int) -> None:
     """What the layers of both have in common: Gemma's norms behind attention and MLP have no counterpart here."""
 
+    layers = f"model.layers.{source}"
+
     def weight(name: str) -> torch.Tensor:
-        return target.tensor(f"model.layers.{source}.{name}.weight")
+        return target.tensor(f"{layers}.{name}.weight")
 
     def norm(name: str) -> torch.Tensor:
-        return target.norm(f"model.layers.{source}.{name}.weight")
+        return target.norm(f"{layers}.{name}.weight")
 
     with torch.no_grad():
         layer.input_layernorm.weight.copy_(norm("input_layernorm"))
@@ -175,6 +198,6 @@ def _copy_layer(layer: DrafterLayer, target: TargetWeights, source: int) -> None
         layer.o_proj.weight.copy_(weight("self_attn.o_proj"))
         layer.gate_up_proj.weight.copy_(torch.cat([weight("mlp.gate_proj"), weight("mlp.up_proj")]))
         layer.down_proj.weight.copy_(weight("mlp.down_proj"))
-        if layer.q_norm is not None and layer.k_norm is not None:
+        if layer.q_norm is not None and layer.k_norm is not None and target.holds(f"{layers}.self_attn.q_norm.weight"):
             layer.q_norm.weight.copy_(norm("self_attn.q_norm"))
             layer.k_norm.weight.copy_(norm("self_attn.k_norm"))

@@ -47,6 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     drafter.add_argument("--block-size", type=int, default=5, help="draft tokens of a block (%(default)s)")
     drafter.add_argument("--draft-vocabulary", type=int, default=8192, help="tokens it can propose (%(default)s)")
     drafter.add_argument("--mask-token-id", type=int, default=4, help="embedding row of an unknown slot (%(default)s)")
+    drafter.add_argument(
+        "--markov-rank",
+        type=int,
+        default=64,
+        metavar="N",
+        help="of the head that looks one token back, 0: none (64)",
+    )
+    drafter.add_argument(
+        "--dflash", action="store_true", help="DFlash's own scheme, which vLLM serves too: no Markov head, all tokens"
+    )
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=int, default=5000, help="optimiser steps (%(default)s)")
     training.add_argument("--learning-rate", type=float, default=8e-4, help="peak (%(default)s)")

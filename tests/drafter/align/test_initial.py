@@ -1,13 +1,22 @@
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from drafter.align.corpus import Answer, AnswerId, Corpus, ShardWriter
-from drafter.align.initial import frequent_tokens, initial_drafter, read_target, read_tensor
-from drafter.config import DrafterConfig
+from drafter.align.initial import (
+    TargetWeights,
+    drafter_config,
+    frequent_tokens,
+    initial_drafter,
+    read_target,
+    read_tensor,
+)
+from drafter.config import DrafterConfig, InputScheme
 from drafter.model import DrafterLayer
 from tests.drafter.tiny import HIDDEN, VOCAB, dflash_config, shift_config, write_target
 
@@ -139,3 +148,47 @@ def test_as_many_layers_are_copied_as_the_drafter_has(tmp_path: Path) -> None:
     write_target(tmp_path)
     with pytest.raises(ValueError, match="shorter"):
         initial_drafter(shift_config(), read_target(tmp_path), None, (2,), seed=0)
+
+
+def config_for(target: TargetWeights, model_type: str, **changes: Any) -> DrafterConfig:
+    config = {**target.config, "model_type": model_type, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config |= {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 24,
+        "vocab_size": VOCAB,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+    }
+    shape: dict[str, Any] = {"copied_layers": (2, 3), "target_layer_ids": (0, 3), "block_size": 5, "mask_token_id": 4}
+    return drafter_config(replace(target, config=config), draft_vocab_size=16, **shape, **changes)
+
+
+def test_a_drafter_in_dflashs_own_scheme_has_nothing_that_vllm_does_not_know(tmp_path: Path) -> None:
+    write_target(tmp_path)
+    target = read_target(tmp_path)
+    ours, plain = config_for(target, "llama", markov_rank=8), config_for(target, "llama", plain_dflash=True)
+    assert (ours.num_draft_tokens, ours.qk_norm, ours.markov_rank, ours.draft_vocab_size) == (5, False, 8, 16)
+    assert plain.num_draft_tokens == 5 and plain.block_size == 6 and plain.input_scheme is InputScheme.DFLASH
+    assert plain.qk_norm and not plain.causal and not plain.last_feature
+    assert plain.markov_rank == 0 and plain.draft_vocab_size == plain.vocab_size
+    layer = initial_drafter(plain, target, None, (2, 3), 0).model.layers[0]
+    assert isinstance(layer, DrafterLayer) and layer.q_norm is not None
+    assert bool((layer.q_norm.weight == 1).all())  # the target has none to copy
+
+
+def test_the_norms_of_a_gemma_are_one_more_than_their_weights(tmp_path: Path) -> None:
+    tensors = write_target(tmp_path, qk_norm=True)
+    for source in range(4):
+        name = f"model.layers.{source}.pre_feedforward_layernorm.weight"
+        tensors[name] = torch.full((HIDDEN,), 0.25 + source)
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "gemma3_text"}), encoding="utf-8")
+    target = read_target(tmp_path)
+    torch.testing.assert_close(target.final_norm, tensors["model.norm.weight"] + 1)
+    assert config_for(target, "gemma3_text").qk_norm
+    layer = initial_drafter(shift_config(qk_norm=True), target, torch.arange(24), (2, 3), 0).model.layers[1]
+    assert isinstance(layer, DrafterLayer) and layer.q_norm is not None
+    assert bool((layer.post_attention_layernorm.weight == 4.25).all())
+    torch.testing.assert_close(layer.q_norm.weight.data, tensors["model.layers.3.self_attn.q_norm.weight"] + 1)
+    torch.testing.assert_close(layer.o_proj.weight.data, tensors["model.layers.3.self_attn.o_proj.weight"])
