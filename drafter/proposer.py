@@ -99,8 +99,8 @@ class BlockDiffusionProposer:
         self._read(forward, bool(rows))
         drafts = Drafts.none(len(forward.request_ids))
         if rows:
-            self._draft(forward, rows, context.last_features, drafts)
-            drafts.late_seconds = (written - started) * context.late_rows / context.rows
+            late_seconds = (written - started) * context.late_rows / context.rows
+            drafts = replace(self._draft(forward, rows, context.last_features), late_seconds=late_seconds)
         self._counters.context_tokens += context.rows
         self._counters.context_seconds += written - started
         self._counters.seconds += time.perf_counter() - written
@@ -131,8 +131,9 @@ class BlockDiffusionProposer:
                 self._calibration.emitted(request_id, sampled)
             self._calibration.finished(forward.finished)
 
-    def _draft(self, forward: TargetForward, rows: list[int], last_features: torch.Tensor, drafts: Drafts) -> None:
-        """Blocks for the requests ``rows``, behind the features of their last tokens, into ``drafts``."""
+    def _draft(self, forward: TargetForward, rows: list[int], last_features: torch.Tensor) -> Drafts:
+        """Blocks for the requests ``rows``, behind the features of their last tokens."""
+        drafts = Drafts.none(len(forward.request_ids))
         wanted = min(self._max_draft_tokens, max(forward.draft_limits[r] for r in rows))
         starts = _block_starts(forward, rows, last_features)
         search = self._search.behind(forward, rows)
@@ -148,6 +149,7 @@ class BlockDiffusionProposer:
         self._counters.blocks += len(rows)
         self._counters.passes += int(result.passes.sum())
         self._counters.draft_tokens += sum(map(len, drafts.token_ids))
+        return drafts
 
 
 def up_to_end(tokens: Sequence[int], ends: Set[int]) -> int:

@@ -142,7 +142,7 @@ class PathSearcher(Protocol):
         ...
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Drafts:
     """Draft tokens per request, in the order of ``TargetForward.request_ids``.
 

@@ -116,7 +116,7 @@ def _train(args: argparse.Namespace, settings: Settings, model: Path) -> None:
     from drafter.align.corpus import Corpus
     from drafter.align.flops import measured_peak
     from drafter.align.initial import read_target
-    from drafter.align.objectives import Objective
+    from drafter.align.options import Objective
     from drafter.align.plot import plot_history
     from drafter.align.provenance import Provenance, commit, prompt_file, versions, without_folders
     from drafter.align.ranks import Ranks

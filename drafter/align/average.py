@@ -23,9 +23,10 @@ class WeightAverage:
     @torch.no_grad()
     def put_into(self, model: nn.Module) -> None:
         """Give the mean to ``model``; leaves it alone where nothing was taken in."""
+        if not self._count:
+            return
         for name, parameter in model.named_parameters():
-            if self._count:
-                parameter.copy_(self._sums[name] / self._count)
+            parameter.copy_(self._sums[name] / self._count)
 
     def state(self) -> dict[str, Any]:
         """For ``restore``."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from drafter.align.corpus import AnswerId, is_held_out, recorded_ids
-from drafter.align.prompts import OWN_SUBJECTS, Prompt, Turn, distinct, same_text, usable_turn
+from drafter.align.prompts import OWN_SUBJECTS, Prompt, Turn, distinct, opening, same_text, usable_turn
 
 _LONGEST_TURN = 96  # tokens of a user turn that the target writes
 
@@ -135,8 +135,8 @@ async def write_own_prompts(
             if len(kept) >= count:
                 return
             category, system = OWN_SUBJECTS[attempt % len(OWN_SUBJECTS)]
-            before = () if system is None else (Turn("system", system),)
-            text = usable_turn(await engine.user_turn(f"turn-{attempt}", before, 1.0, _LONGEST_TURN, seed + attempt))
+            name, before = f"turn-{attempt}", opening(system)
+            text = usable_turn(await engine.user_turn(name, before, 1.0, _LONGEST_TURN, seed + attempt))
             if text is not None and same_text(text) not in kept and len(kept) < count:
                 kept[same_text(text)] = Prompt(category, text, system)
                 progress(1)

@@ -45,9 +45,8 @@ class TargetWeights:
         return True
 
     def norm(self, name: str) -> torch.Tensor:
-        """The factors of a norm by its Hugging Face name: Gemma's weights are what they differ from 1 by."""
-        weight = self.tensor(name)
-        return weight + 1 if is_gemma(self.config) else weight
+        """The factors of a norm by its Hugging Face name."""
+        return _read_norm(self.folder, self.config, name)
 
 
 def is_gemma(config: dict[str, Any]) -> bool:
@@ -74,8 +73,13 @@ def read_target(folder: Path) -> TargetWeights:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     embedding = read_tensor(folder, "model.embed_tokens.weight")
     head = embedding if config.get("tie_word_embeddings") else read_tensor(folder, "lm_head.weight")
-    final_norm = read_tensor(folder, "model.norm.weight")
-    return TargetWeights(folder, embedding, head, final_norm + 1 if is_gemma(config) else final_norm, config)
+    return TargetWeights(folder, embedding, head, _read_norm(folder, config, "model.norm.weight"), config)
+
+
+def _read_norm(folder: Path, config: dict[str, Any], name: str) -> torch.Tensor:
+    """The factors of a norm: Gemma's weights are what they differ from 1 by."""
+    weight = read_tensor(folder, name)
+    return weight + 1 if is_gemma(config) else weight
 
 
 def drafter_config(

@@ -1,29 +1,14 @@
 """What the alignment minimises: small functions of logits and labels behind one interface, weighted per draft slot."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
 
+from drafter.align.options import Objective
+
 _LEAST_CHANCE = 0.5  # D-PACE's alpha: what a slot is given at least, so that later ones never lose all weight
 _OVERLAP_SHARE = 0.9  # DSpark's mixture of overlap and cross-entropy
-
-
-class Objective(StrEnum):
-    """How slots are weighed and what is asked of them.
-
-    ``FALLING``: target's most likely token and distribution, weights falling with the slot (DFlash, arXiv 2602.06036).
-    ``EXPECTED``: the same, each slot weighed by the tokens that hang on it, as the drafter stands (D-PACE).
-    ``STREAK``: the expected number of tokens accepted in a row itself (SpecDiff-2, arXiv 2511.00606), beside the
-    target's distribution. ``OVERLAP``: what both distributions have in common (DSpark, arXiv 2607.05147).
-    """
-
-    FALLING = "falling"
-    EXPECTED = "expected"
-    STREAK = "streak"
-    OVERLAP = "overlap"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,26 +32,16 @@ def loss_of(objective: Objective, slots: DraftSlots, slot_decay: float, distilla
     """The loss to minimise.
 
     Args:
-        slot_decay: of ``falling_weights``; ``EXPECTED`` and ``STREAK`` need none.
+        slot_decay: of ``falling_weights``, which all but ``EXPECTED`` weigh with.
         distillation_share: weight of the target's distribution against its most likely token, 0 to 1.
     """
-    falling = falling_weights(slots.labels.shape[1], slot_decay)
-    losses: dict[Objective, Callable[[], tuple[torch.Tensor, torch.Tensor]]] = {
-        Objective.FALLING: lambda: (label_cross_entropy(slots, falling), distillation(slots, falling)),
-        Objective.EXPECTED: lambda: _with(slots, expected_weights(slots)),
-        Objective.STREAK: lambda: (streak(slots), distillation(slots, falling)),
-        Objective.OVERLAP: lambda: (label_cross_entropy(slots, falling), _overlap(slots, falling)),
-    }
-    hard, soft = losses[objective]()
+    expected = objective is Objective.EXPECTED
+    weights = expected_weights(slots) if expected else falling_weights(slots.labels.shape[1], slot_decay)
+    hard = streak(slots) if objective is Objective.STREAK else label_cross_entropy(slots, weights)
+    soft = distillation(slots, weights)
+    if objective is Objective.OVERLAP:
+        soft = _OVERLAP_SHARE * missing_overlap(slots, weights) + (1 - _OVERLAP_SHARE) * soft
     return (1 - distillation_share) * hard + distillation_share * soft
-
-
-def _with(slots: DraftSlots, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return label_cross_entropy(slots, weights), distillation(slots, weights)
-
-
-def _overlap(slots: DraftSlots, weights: torch.Tensor) -> torch.Tensor:
-    return _OVERLAP_SHARE * missing_overlap(slots, weights) + (1 - _OVERLAP_SHARE) * distillation(slots, weights)
 
 
 def falling_weights(count: int, decay: float) -> torch.Tensor:

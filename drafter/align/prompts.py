@@ -29,8 +29,12 @@ class Prompt:
     @property
     def turns(self) -> tuple[Turn, ...]:
         """The conversation up to where the assistant speaks."""
-        before = () if self.system is None else (Turn("system", self.system),)
-        return (*before, Turn("user", self.text))
+        return (*opening(self.system), Turn("user", self.text))
+
+
+def opening(system: str | None) -> tuple[Turn, ...]:
+    """How a conversation under a system prompt begins, or without one."""
+    return () if system is None else (Turn("system", system),)
 
 
 # What people use a model for, as the system prompts that get the target to write such user turns (Magpie,

@@ -57,11 +57,12 @@ class Ranks:
         """Make the gradients of all ranks their mean, in one message."""
         if self.size == 1:
             return
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        trained = list(parameters)
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in trained]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
         flat /= self.size
-        for parameter, mean in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
+        for parameter, mean in zip(trained, flat.split([g.numel() for g in gradients]), strict=True):
             parameter.grad = mean.view_as(parameter)
 
     def average(self, value: float) -> float:

@@ -18,7 +18,8 @@ from drafter.align.corpus import Answer, Corpus, is_held_out
 from drafter.align.evaluate import AcceptanceReport, evaluate
 from drafter.align.flops import counted
 from drafter.align.initial import TargetWeights, initial_drafter
-from drafter.align.objectives import DraftSlots, Objective, loss_of
+from drafter.align.objectives import DraftSlots, loss_of
+from drafter.align.options import Objective
 from drafter.align.provenance import checkpoint_file
 from drafter.align.ranks import Ranks
 from drafter.checkpoint import Drafter, load_drafter, save_drafter
@@ -192,8 +193,8 @@ class Trainer:
 
     def step_flops(self) -> int:
         """Operations of a typical step on this rank; counting them changes no weights."""
-        longest = sorted(self._training, key=self._corpus.answer_tokens)
-        middle = longest[len(longest) // 2 :][: self._options.answers_per_step]
+        by_length = sorted(self._training, key=self._corpus.answer_tokens)
+        middle = by_length[len(by_length) // 2 :][: self._options.answers_per_step]
         return counted(lambda: self._gradients(middle))[1]
 
     def _take_average(self) -> None:
@@ -224,7 +225,7 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = self._options.learning_rate * group["factor"] * self._schedule()
         loss = self._gradients(indices)
-        self._ranks.average_gradients(list(self._model.parameters()))
+        self._ranks.average_gradients(self._model.parameters())
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         self._optimizer.step()
         return self._ranks.average(loss)

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from drafter.align.options import Objective
 from server.flags import add_settings_flags
 
 HOSTS_ENGINE = True
@@ -62,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--learning-rate", type=float, default=8e-4, help="peak (%(default)s)")
     training.add_argument(
         "--objective",
-        choices=("falling", "expected", "streak", "overlap"),
-        default="falling",
+        choices=[objective.value for objective in Objective],
+        default=Objective.FALLING.value,
         help="what is minimised, see docs/align.md (%(default)s)",
     )
     training.add_argument(

@@ -28,9 +28,8 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from drafter.align.batches import make_batch, run_blocks
 from drafter.align.corpus import Answer, AnswerId
 from drafter.checkpoint import Drafter, load_drafter, save_drafter
-from drafter.config import DrafterConfig, InputScheme
 from drafter.types import TargetModel, TargetShape
-from tests.drafter.tiny import random_drafter
+from tests.drafter.tiny import dflash_config, random_drafter
 
 _VOCAB, _HIDDEN, _LAYERS, _HEADS, _KV_HEADS, _HEAD_DIM = 512, 96, 6, 8, 1, 32
 _DRAFTS, _NEW_TOKENS = 4, 10
@@ -59,24 +58,17 @@ def write_target(folder: Path) -> None:
 
 def write_drafter(folder: Path) -> None:
     """What DFlash publishes: bidirectional blocks, norms of queries and keys, the target's whole vocabulary."""
-    config = DrafterConfig(
+    config = dflash_config(
         hidden_size=_HIDDEN,
         intermediate_size=160,
-        num_layers=2,
         num_heads=_HEADS,
         num_kv_heads=_KV_HEADS,
         head_dim=_HEAD_DIM,
         vocab_size=_VOCAB,
         rms_norm_eps=1e-6,
-        rope_theta=10000.0,
-        qk_norm=True,
         target_layer_ids=(1, 3),
         block_size=_DRAFTS + 1,
         mask_token_id=4,
-        causal=False,
-        input_scheme=InputScheme.DFLASH,
-        last_feature=False,
-        markov_rank=0,
         draft_vocab_size=_VOCAB,
     )
     drafter = random_drafter(config)

@@ -1,16 +1,11 @@
 """Targets whose layers run in one call answer, in a real engine, what vLLM's own layers answer."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cuda_ext import ops
-from server.launcher import environment, this_machine
+from tests.process_report import report_of
 
 _TOLERANCE = 1e-4  # nats: of two implementations in float32
 EVERY_ARCHITECTURE = pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
@@ -21,16 +16,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What ``tests.scheduler.architectures`` prints."""
     if not ops.kernels().cpu_compiled:
         pytest.skip("compiled kernels are not built")
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.scheduler.architectures", str(tmp_path_factory.mktemp("architectures"))],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=Path(__file__).parents[2],
-        env=environment(os.environ, this_machine()),
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    return report_of("tests.scheduler.architectures", tmp_path_factory.mktemp("architectures"))
 
 
 @EVERY_ARCHITECTURE

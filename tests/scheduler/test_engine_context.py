@@ -1,9 +1,5 @@
 """The drafter's context K/V stay right through everything the engine does with pages."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +7,15 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from drafter.checkpoint import save_drafter
-from drafter.config import DrafterConfig
 from server.config import load_settings
 from server.drafter_store import resolve_drafter
-from server.launcher import environment, this_machine
 from server.model_store import resolve_model
-from tests.drafter.tiny import random_drafter
+from tests.drafter.tiny import random_drafter, shift_config
+from tests.process_report import report_of
 
+_AUDIT = "tests.scheduler.context_audit"
 _TOLERANCE = 1e-3  # of the largest value: hidden states of two implementations of the target, in float32
 _HIDDEN, _HEAD_DIM, _LAYERS, _VOCAB = 64, 32, 6, 20_480
-
-
-def audit(model: Path, drafter: Path) -> Any:
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.scheduler.context_audit", str(model), str(drafter)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=Path(__file__).parents[2],
-        env=environment(os.environ, this_machine()),
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 def check(report: Any) -> None:
@@ -47,7 +30,7 @@ def check(report: Any) -> None:
 def test_cached_context_equals_a_fresh_computation() -> None:
     settings = load_settings("smollm2-cpu", {}, {})
     model = resolve_model(settings.model.source, settings.model.cache_dir)
-    report = audit(model, resolve_drafter(settings.speculation.drafter))
+    report = report_of(_AUDIT, model, resolve_drafter(settings.speculation.drafter))
     check(report)
     assert report["accepted"] > 0
 
@@ -55,23 +38,23 @@ def test_cached_context_equals_a_fresh_computation() -> None:
 def test_a_target_with_sliding_windows_and_without_vllms_interface_for_hidden_states(tmp_path: Path) -> None:
     """Gemma 3: hooks take its hidden states, and the drafter's pages are those of its few layers that see it all."""
     write_gemma(tmp_path / "gemma")
-    drafter = DrafterConfig(
+    drafter = shift_config(
         hidden_size=_HIDDEN,
         intermediate_size=96,
-        num_layers=2,
         num_heads=2,
         num_kv_heads=1,
         head_dim=_HEAD_DIM,
         vocab_size=_VOCAB,
         rms_norm_eps=1e-6,
-        rope_theta=10000.0,
         qk_norm=True,
         target_layer_ids=(0, 2, 4),
         block_size=5,
         mask_token_id=4,
+        markov_rank=64,
+        draft_vocab_size=8192,
     )
     save_drafter(random_drafter(drafter), tmp_path / "drafter", torch.float32)
-    check(audit(tmp_path / "gemma", tmp_path / "drafter"))
+    check(report_of(_AUDIT, tmp_path / "gemma", tmp_path / "drafter"))
 
 
 def write_gemma(folder: Path) -> None:

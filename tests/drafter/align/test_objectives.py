@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from drafter.align.objectives import (
     DraftSlots,
-    Objective,
     distillation,
     expected_weights,
     falling_weights,
@@ -15,6 +14,7 @@ from drafter.align.objectives import (
     missing_overlap,
     streak,
 )
+from drafter.align.options import Objective
 
 LOGITS = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
 TEACHER = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1))

@@ -1,9 +1,6 @@
 """Two processes train as one: on the CPU, with gloo."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +8,7 @@ import torch
 from torch import nn
 
 from drafter.align.ranks import Ranks
-
-ROOT = Path(__file__).parents[3]
+from tests.drafter.align.two_ranks import run_on_two_ranks
 
 _TWO = """
 import json
@@ -56,13 +52,7 @@ def test_shares_are_disjoint_and_complete(size: int) -> None:
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
-    script = tmp_path / "two.py"
-    script.write_text(_TWO, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=_environment(), cwd=tmp_path, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_on_two_ranks(_TWO, tmp_path)
     model = nn.Linear(3, 2)
     nn.init.constant_(model.weight, 1.0)
     nn.init.constant_(model.bias, 0.0)
@@ -70,7 +60,3 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     assert model.weight.grad is not None
     said = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
     assert said == [[rank == 0, 0.5, model.weight.grad.tolist()] for rank in (0, 1)]
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

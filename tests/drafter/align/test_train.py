@@ -1,9 +1,6 @@
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +13,7 @@ from drafter.align import train as train_module
 from drafter.align.batches import BlockBatch, make_batch, run_blocks
 from drafter.align.corpus import Answer, AnswerId, Corpus, ShardWriter, is_held_out
 from drafter.align.initial import TargetWeights, read_target
-from drafter.align.objectives import Objective
+from drafter.align.options import Objective
 from drafter.align.ranks import Ranks
 from drafter.align.train import StepReport, Trainer, TrainOptions, read_history
 from drafter.checkpoint import Drafter, load_drafter, save_drafter
@@ -25,6 +22,7 @@ from drafter.errors import DrafterCheckpointError
 from drafter.options import ProposalOptions
 from drafter.proposer import BlockDiffusionProposer
 from drafter.serving import ServingDrafter
+from tests.drafter.align.two_ranks import run_on_two_ranks
 from tests.drafter.simulated_engine import SimulatedEngine, Work
 from tests.drafter.tiny import HIDDEN, LAYERS, VOCAB, dflash_config, fill, random_drafter, shift_config, write_target
 
@@ -261,13 +259,7 @@ ranks.leave()
 
 def test_two_ranks_train_one_drafter(train: Callable[..., Trainer], tmp_path: Path) -> None:
     train("one")  # makes target and corpus
-    (tmp_path / "two.py").write_text(_TWO_RANKS, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "two.py"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(tmp_path)], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_two_ranks(_TWO_RANKS, tmp_path)
     (losses, weights), (other_losses, other_weights) = (torch.load(tmp_path / f"rank-{r}.pt") for r in (0, 1))
     assert losses == other_losses and losses[-1] < losses[0]
     assert all(torch.equal(value, other_weights[name]) for name, value in weights.items())
